@@ -1,0 +1,1 @@
+"""How the `tiny` text-to-image model is made: photos, captions, autoencoder, diffusion, judgement."""

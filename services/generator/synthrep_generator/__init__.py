@@ -1,0 +1,1 @@
+"""Text-to-image generation as a service: prompts in, sealed shards out."""

@@ -1,0 +1,43 @@
+"""The generator's exceptions.
+
+SynthRepError
+├── UnknownModelError      the alias is not configured
+├── ModelFilesMissingError the alias is configured, its files are not here
+├── IdempotencyConflictError  the key was used with another body
+├── IntakeError            an intake file is malformed
+├── RetryableJobError      the job may succeed elsewhere or later
+│   └── LeaseLostError     another worker may hold the chunk
+└── PermanentPromptError   this prompt can never succeed; carries the reason
+"""
+
+from __future__ import annotations
+
+from synthrep_shared.errors import SynthRepError
+
+
+class UnknownModelError(SynthRepError):
+    """The alias is not configured."""
+
+
+class ModelFilesMissingError(SynthRepError):
+    """The alias is configured, but its files are not on this machine."""
+
+
+class IdempotencyConflictError(SynthRepError):
+    """The idempotency key was used with another body."""
+
+
+class IntakeError(SynthRepError):
+    """An intake file is malformed."""
+
+
+class RetryableJobError(SynthRepError):
+    """The job may succeed elsewhere or later."""
+
+
+class LeaseLostError(RetryableJobError):
+    """Another worker may hold the chunk by now."""
+
+
+class PermanentPromptError(SynthRepError):
+    """The prompt can never succeed; the message is the recorded reason."""

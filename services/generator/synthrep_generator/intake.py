@@ -1,0 +1,120 @@
+"""Intake files: what was accepted, durable before the caller hears of it.
+
+`intake/<batch>.jsonl`: line 1 is the `BatchHeader`, then one `{"index", "prompt"}` a line. Written
+once, never changed. A batch that is paused has the marker `control/<batch>.paused`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from synthrep_generator.errors import IntakeError
+from synthrep_shared.messages import GenerationSettings
+from synthrep_shared.samples import group_id
+from synthrep_shared.storage import DatasetPaths, publish_bytes, publish_file, temporary_path
+
+_MARK_EVERY = 256  # lines between remembered byte offsets
+
+
+class BatchHeader(BaseModel):
+    """First line of an intake file; `settings` has every default of the model filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    dataset: str
+    owner: str
+    priority: int
+    num_prompts: int
+    settings: GenerationSettings
+    body_sha256: str
+    created_at: datetime
+
+    def gid(self, index: int, prompt: str) -> str:
+        """Group id of prompt `index`."""
+        return group_id(self.dataset, self.id, index, prompt, self.settings.model_dump(mode="json"))
+
+
+def batch_id_from_key(owner: str, dataset: str, key: str) -> str:
+    """The batch id that an `Idempotency-Key` stands for."""
+    what = json.dumps([owner, dataset, key]).encode()
+    return hashlib.blake2b(what, digest_size=16, person=b"synthrep-batch").hexdigest()
+
+
+def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]) -> bool:
+    """Make the batch durable; False if its id is taken (the first writer won)."""
+    written = temporary_path(paths.intake, header.id)
+    try:
+        with written.open("x", encoding="utf-8") as stream:
+            stream.write(header.model_dump_json() + "\n")
+            for index, prompt in enumerate(prompts):
+                stream.write(json.dumps({"index": index, "prompt": prompt}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        return publish_file(written, _path(paths, header.id))
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def list_batches(paths: DatasetPaths) -> list[str]:
+    """Ids of the accepted batches, in no order."""
+    if not paths.intake.is_dir():
+        return []
+    return [entry.name[: -len(".jsonl")] for entry in os.scandir(paths.intake)
+            if entry.name.endswith(".jsonl") and not entry.name.startswith(".")]  # fmt: skip
+
+
+class IntakeReader:
+    """Reads one batch; prompts by position without reading from the start each time."""
+
+    def __init__(self, paths: DatasetPaths, batch: str) -> None:
+        self._file = _path(paths, batch)
+        with self._file.open("rb") as stream:
+            try:
+                self.header = BatchHeader.model_validate_json(stream.readline())
+            except ValidationError as error:
+                raise IntakeError(f"{self._file.name}: malformed header") from error
+            self._marks = [stream.tell()]
+
+    def prompts(self, start: int, count: int) -> list[str]:
+        """Prompts `start` to `start + count`, fewer at the end."""
+        mark = min(start // _MARK_EVERY, len(self._marks) - 1)
+        found: list[str] = []
+        with self._file.open("rb") as stream:
+            stream.seek(self._marks[mark])
+            index = mark * _MARK_EVERY
+            while len(found) < count:
+                if index % _MARK_EVERY == 0 and index // _MARK_EVERY == len(self._marks):
+                    self._marks.append(stream.tell())
+                line = stream.readline()
+                if not line:
+                    break
+                if index >= start:
+                    found.append(json.loads(line)["prompt"])
+                index += 1
+        return found
+
+
+def set_paused(paths: DatasetPaths, batch: str, paused: bool) -> None:
+    """Pause or resume the feeding of a batch; takes effect at the reconciler's next pass."""
+    marker = paths.control / f"{batch}.paused"
+    if paused:
+        publish_bytes(b"", marker)
+    else:
+        marker.unlink(missing_ok=True)
+
+
+def is_paused(paths: DatasetPaths, batch: str) -> bool:
+    """Whether the batch is paused."""
+    return (paths.control / f"{batch}.paused").exists()
+
+
+def _path(paths: DatasetPaths, batch: str) -> Path:
+    return paths.intake / f"{batch}.jsonl"

@@ -1,0 +1,150 @@
+"""What both services put around their routes: problem details, size limit, bearer keys, headers.
+
+Plain ASGI, so that it needs no web framework and sees a request before any of it is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+_MAX_FIELD_ERRORS = 5
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+
+
+class ProblemResponse:
+    """An answer of type `application/problem+json` (RFC 9457), usable wherever an ASGI app is."""
+
+    media_type = "application/problem+json"
+
+    def __init__(self, status: int, detail: str = "", *, retry_after_s: int | None = None,
+                 errors: list[dict[str, str]] | None = None) -> None:  # fmt: skip
+        self.status_code = status
+        body: dict[str, Any] = {
+            "type": "about:blank", "title": HTTPStatus(status).phrase, "status": status,
+        }  # fmt: skip
+        if detail:
+            body["detail"] = detail[:1000]
+        if errors:
+            body["errors"] = errors
+        self._body = json.dumps(body).encode()  # ASCII, so that any detail can be encoded
+        self._headers = [(b"content-type", self.media_type.encode())]
+        self._headers.append((b"content-length", str(len(self._body)).encode()))
+        if retry_after_s is not None:
+            self._headers.append((b"retry-after", str(retry_after_s).encode()))
+        if status == HTTPStatus.UNAUTHORIZED:
+            self._headers.append((b"www-authenticate", b"Bearer"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self._headers}
+        )
+        await send({"type": "http.response.body", "body": self._body})
+
+
+def validation_problem(errors: Iterable[MutableMapping[str, Any]]) -> ProblemResponse:
+    """422 from pydantic's error list; names places and rules, never echoes the input."""
+    shown = []
+    for error in list(errors)[:_MAX_FIELD_ERRORS]:
+        place = ".".join(str(part)[:64] for part in list(error.get("loc", ()))[:6])
+        shown.append({"field": place, "message": str(error.get("msg", ""))[:200]})
+    return ProblemResponse(422, "the request does not fit the schema", errors=shown)
+
+
+class Guard:
+    """Wraps an app: bearer keys, a cap on the body, security headers, no unhandled body.
+
+    `keys` are the accepted bearer keys (none: open). Paths in `large_paths` have their own cap.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: Iterable[str],
+        max_body_bytes: int,
+        large_paths: dict[str, int] | None = None,
+    ) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(k.encode()).digest() for k in keys]
+        self._max_body_bytes = max_body_bytes
+        self._large_paths = large_paths or {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        answered = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                present = {name for name, _ in message.get("headers", ())}
+                extra = [h for h in _SECURITY_HEADERS if h[0] not in present]
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        if not self._is_allowed(scope["path"], headers.get(b"authorization", b"")):
+            problem = ProblemResponse(401, "send the header 'Authorization: Bearer <key>'")
+            await problem(scope, receive, send_with_headers)
+            return
+        limit = self._large_paths.get(scope["path"], self._max_body_bytes)
+        too_large = ProblemResponse(413, f"the body may hold at most {limit} bytes")
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > limit:
+            await too_large(scope, receive, send_with_headers)
+            return
+        try:
+            await self._app(scope, _capped(receive, limit), send_with_headers)
+        except BodyTooLargeError:
+            if answered:
+                raise
+            await too_large(scope, receive, send_with_headers)
+
+    def _is_allowed(self, path: str, authorization: bytes) -> bool:
+        if not self._digests or path in _OPEN_PATHS:
+            return True
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, so that the time tells nothing about which one matched.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+class BodyTooLargeError(BaseException):
+    """Ends a request whose body grew past the cap.
+
+    Not an Exception: frameworks turn those raised while a body is read into a 400 of their own.
+    """
+
+
+def _capped(receive: Receive, limit: int) -> Receive:
+    received = 0
+
+    async def receive_capped() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise BodyTooLargeError
+        return message
+
+    return receive_capped

@@ -1,0 +1,229 @@
+"""The commit log of a dataset: a shard exists once a line here names it.
+
+One JSON object per line, numbered from 1 without holes. A line is appended under a file lock and
+flushed to disk: that is the commit point. A torn last line (a writer died in it) is no line; the
+next writer cuts it off. Readers take whole lines only and never lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from synthrep_shared.errors import AlreadyDecidedError, CommitLogError
+from synthrep_shared.storage import sync_folder
+
+VERSION = 1
+Kind = Literal["shard", "failure", "reject", "cancel"]
+
+
+class GroupRef(BaseModel):
+    """One prompt's place: its group, caption and position in its batch; `images` is 0 for a failure."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gid: str
+    caption_id: str
+    batch: str
+    index: int
+    images: int
+
+
+class CommitRecord(BaseModel):
+    """One line of the log.
+
+    `name` is the file that the record commits, relative to its folder (`shards/`, `failures/`);
+    for a cancellation it is the batch, all of whose undecided prompts it decides; a rejection
+    takes back the groups it lists.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = VERSION
+    seq: int
+    kind: Kind
+    name: str
+    sha256: str = ""
+    bytes: int = 0
+    groups: tuple[GroupRef, ...] = ()
+    created_at: datetime
+
+
+class LogReader:
+    """Reads a log from a position onwards; each `poll` gives the whole lines added since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.seq = 0
+
+    @property
+    def offset(self) -> int:
+        """Byte offset of the first line that was not read yet."""
+        return self._offset
+
+    def poll(self, max_bytes: int = 16 << 20) -> list[CommitRecord]:
+        """New records, oldest first, empty if there are none; raises CommitLogError on a bad line."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset)
+                data = stream.read(max_bytes)
+                if len(data) == max_bytes and b"\n" not in data:
+                    data += stream.readline()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        records = []
+        for line in whole.splitlines():
+            record = self._parse(line)
+            if record.seq != self.seq + 1:
+                raise CommitLogError(f"{self._path}: expected seq {self.seq + 1}, got {record.seq}")
+            self.seq = record.seq
+            records.append(record)
+        self._offset += len(whole)
+        return records
+
+    def _parse(self, line: bytes) -> CommitRecord:
+        try:
+            record = CommitRecord.model_validate_json(line)
+        except ValidationError as error:
+            raise CommitLogError(f"{self._path}: malformed line after seq {self.seq}") from error
+        if record.version != VERSION:
+            raise CommitLogError(f"{self._path}: version {record.version} is not {VERSION}")
+        return record
+
+
+def read_log(path: Path, after: int = 0) -> Iterator[CommitRecord]:
+    """The records present now with seq > `after`, oldest first."""
+    reader = LogReader(path)
+    while records := reader.poll():
+        yield from (r for r in records if r.seq > after)
+
+
+class Outcomes:
+    """What the log says of every prompt, by batch and index. Constant work per group."""
+
+    UNDECIDED, COMMITTED, FAILED = range(3)
+
+    def __init__(self) -> None:
+        self._codes: dict[str, bytearray] = {}
+        self._counts: dict[str, Counter[int]] = {}
+        self.images: Counter[str] = Counter()
+        self.cancelled: set[str] = set()
+
+    def apply(self, record: CommitRecord) -> None:
+        """Take the next record into account."""
+        if record.kind == "cancel":
+            self.cancelled.add(record.name)
+        elif record.kind in ("shard", "failure"):
+            code = self.COMMITTED if record.kind == "shard" else self.FAILED
+            for group in record.groups:
+                codes = self._codes.setdefault(group.batch, bytearray())
+                if len(codes) <= group.index:
+                    codes.extend(bytes(group.index + 1 - len(codes)))
+                codes[group.index] = code
+                self._counts.setdefault(group.batch, Counter())[code] += 1
+                self.images[group.batch] += group.images
+
+    def code(self, batch: str, index: int) -> int:
+        """UNDECIDED, COMMITTED or FAILED; a cancelled batch's undecided prompts stay UNDECIDED here."""
+        codes = self._codes.get(batch, b"")
+        return codes[index] if index < len(codes) else self.UNDECIDED
+
+    def is_decided(self, batch: str, index: int) -> bool:
+        """Whether the prompt is committed, failed or cancelled."""
+        return batch in self.cancelled or self.code(batch, index) != self.UNDECIDED
+
+    def committed(self, batch: str) -> int:
+        """Number of the batch's prompts with a committed group."""
+        return self._counts.get(batch, Counter())[self.COMMITTED]
+
+    def failed(self, batch: str) -> int:
+        """Number of the batch's prompts with a recorded failure."""
+        return self._counts.get(batch, Counter())[self.FAILED]
+
+
+class CommitLog:
+    """The writing side; safe for several threads, processes and hosts of one POSIX file system."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = LogReader(path)
+        self._thread_lock = threading.RLock()
+        self.outcomes = Outcomes()
+
+    def refresh(self) -> int:
+        """Read what others appended; returns the last sequence number."""
+        with self._thread_lock:
+            while records := self._reader.poll():
+                for record in records:
+                    self.outcomes.apply(record)
+            return self._reader.seq
+
+    def append(
+        self,
+        kind: Kind,
+        *,
+        name: Callable[[int], str],
+        sha256: str = "",
+        num_bytes: int = 0,
+        groups: tuple[GroupRef, ...] = (),
+    ) -> CommitRecord:
+        """Decide `groups` by one line. `name` gets the sequence number and publishes the file.
+
+        Raises AlreadyDecidedError, before `name` is called, if a group of a shard or failure has
+        an outcome already.
+        """
+        with self._thread_lock, self._locked():
+            self._cut_torn_line()
+            seq = self.refresh() + 1
+            if kind in ("shard", "failure"):
+                decided = [g.gid for g in groups if self.outcomes.is_decided(g.batch, g.index)]
+                if decided:
+                    raise AlreadyDecidedError(decided)
+            record = CommitRecord(
+                seq=seq, kind=kind, name=name(seq), sha256=sha256, bytes=num_bytes,
+                groups=groups, created_at=datetime.now(UTC),
+            )  # fmt: skip
+            self._write_line(record.model_dump_json().encode() + b"\n")
+            self.refresh()
+            return record
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with (self._path.parent / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _cut_torn_line(self) -> None:
+        if not self._path.exists():
+            return
+        self.refresh()
+        if self._path.stat().st_size > self._reader.offset:
+            os.truncate(self._path, self._reader.offset)
+
+    def _write_line(self, line: bytes) -> None:
+        is_new = not self._path.exists()
+        # Unbuffered, so that nothing is written after the truncation of a failed append.
+        with self._path.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, "short write to the commit log")
+                os.fsync(stream.fileno())
+            except OSError:
+                os.truncate(self._path, before)
+                raise
+        if is_new:
+            sync_folder(self._path.parent)

@@ -1,0 +1,60 @@
+"""The base of every service's settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
+class ServiceSettings(BaseSettings):
+    """Frozen settings from `<PREFIX>NAME` environment variables; an unknown prefixed name is an error.
+
+    `<PREFIX>NAME_FILE` names a file that holds the value, for secrets.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_nested_delimiter="__", use_attribute_docstrings=True
+    )
+
+    root: Path = Path("runs/data")
+    """Folder that holds the datasets; both services and the workers see the same one."""
+    host: str = "127.0.0.1"
+    """Address to listen on; other than loopback needs at least one API key."""
+    api_keys: tuple[SecretStr, ...] = ()
+    """Accepted bearer keys as a JSON list; none means: loopback only, no authentication."""
+    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    """Least severity that is logged."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_files_and_refuse_unknown(cls, values: Any) -> Any:
+        prefix = cls.model_config.get("env_prefix", "")
+        if not prefix:
+            return values
+        for variable, path in os.environ.items():
+            if not variable.upper().startswith(prefix):
+                continue
+            name = variable[len(prefix) :].lower().split("__")[0]
+            if name.endswith("_file") and name.removesuffix("_file") in cls.model_fields:
+                values[name.removesuffix("_file")] = Path(path).read_text().strip()
+                values.pop(name, None)
+            elif name not in cls.model_fields:
+                raise ValueError(
+                    f"unknown setting {variable}; known: {', '.join(sorted(cls.model_fields))}"
+                )
+        return values
+
+    @model_validator(mode="after")
+    def _open_only_with_a_key(self) -> ServiceSettings:
+        if self.host not in LOOPBACK_HOSTS and not self.api_keys:
+            raise ValueError(
+                f"host {self.host!r} is not loopback and no API key is configured; "
+                "set API_KEYS or listen on 127.0.0.1"
+            )
+        return self
