@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
@@ -25,6 +25,7 @@ _SECURITY_HEADERS = (
     (b"cache-control", b"no-store"),
 )
 _MAX_FIELD_ERRORS = 5
+_MAX_LENGTH_DIGITS = 19
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
@@ -34,7 +35,8 @@ class ProblemResponse:
     media_type = "application/problem+json"
 
     def __init__(self, status: int, detail: str = "", *, retry_after_s: int | None = None,
-                 errors: list[dict[str, str]] | None = None) -> None:  # fmt: skip
+                 errors: list[dict[str, str]] | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:  # fmt: skip
         self.status_code = status
         body: dict[str, Any] = {
             "type": "about:blank", "title": HTTPStatus(status).phrase, "status": status,
@@ -46,6 +48,8 @@ class ProblemResponse:
         self._body = json.dumps(body).encode()  # ASCII, so that any detail can be encoded
         self._headers = [(b"content-type", self.media_type.encode())]
         self._headers.append((b"content-length", str(len(self._body)).encode()))
+        for name, value in (headers or {}).items():
+            self._headers.append((name.lower().encode(), value.encode("latin-1")))
         if retry_after_s is not None:
             self._headers.append((b"retry-after", str(retry_after_s).encode()))
         if status == HTTPStatus.UNAUTHORIZED:
@@ -62,8 +66,11 @@ def validation_problem(errors: Iterable[MutableMapping[str, Any]]) -> ProblemRes
     """422 from pydantic's error list; names places and rules, never echoes the input."""
     shown = []
     for error in list(errors)[:_MAX_FIELD_ERRORS]:
-        place = ".".join(str(part)[:64] for part in list(error.get("loc", ()))[:6])
-        shown.append({"field": place, "message": str(error.get("msg", ""))[:200]})
+        place = list(error.get("loc", ()))[:6]
+        if error.get("type") == "extra_forbidden" and place:
+            place[-1] = "?"  # the sender chose this name
+        field = ".".join(str(part)[:64] for part in place)
+        shown.append({"field": field, "message": str(error.get("msg", ""))[:200]})
     return ProblemResponse(422, "the request does not fit the schema", errors=shown)
 
 
@@ -109,7 +116,7 @@ class Guard:
         limit = self._large_paths.get(scope["path"], self._max_body_bytes)
         too_large = ProblemResponse(413, f"the body may hold at most {limit} bytes")
         declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > limit:
+        if not declared.isdigit() or len(declared) > _MAX_LENGTH_DIGITS or int(declared) > limit:
             await too_large(scope, receive, send_with_headers)
             return
         try:

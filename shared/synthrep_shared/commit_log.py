@@ -60,12 +60,15 @@ class CommitRecord(BaseModel):
 
 
 class LogReader:
-    """Reads a log from a position onwards; each `poll` gives the whole lines added since the last."""
+    """Reads a log from a position onwards; each `poll` gives the whole lines added since the last.
 
-    def __init__(self, path: Path) -> None:
+    A position is the `seq` and `offset` that a reader of the same log had after a poll.
+    """
+
+    def __init__(self, path: Path, *, seq: int = 0, offset: int = 0) -> None:
         self._path = path
-        self._offset = 0
-        self.seq = 0
+        self._offset = offset
+        self.seq = seq
 
     @property
     def offset(self) -> int:

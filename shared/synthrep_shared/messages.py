@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from synthrep_shared.samples import DATASET_PATTERN, normalise_caption
+from synthrep_shared.samples import DATASET_PATTERN, SampleMetadata, normalise_caption
 
 State = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
 Objective = Literal["stablerep", "simclr"]
@@ -33,13 +33,18 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-def clean_prompt(text: str) -> str:
-    """The normalised prompt; raises ValueError for what no caption may hold."""
-    for character in text:
+def clean_text(text: str) -> str:
+    """The normalised text; raises ValueError for what no caption may hold."""
+    for character in "" if text.isprintable() else text:
         category = unicodedata.category(character)
         if category in ("Cs", "Co", "Cn") or (category == "Cc" and character not in "\t\n\r"):
             raise ValueError("control, surrogate, private and unassigned characters are refused")
-    prompt = normalise_caption(text)
+    return normalise_caption(text)
+
+
+def clean_prompt(text: str) -> str:
+    """As `clean_text`; raises ValueError for an empty prompt too."""
+    prompt = clean_text(text)
     if not prompt:
         raise ValueError("a prompt must not be empty")
     return prompt
@@ -65,7 +70,9 @@ class GenerationSettings(Request):
     """Denoising steps."""
     scheduler: Literal["ddim", "dpm++", "euler"] | None = None
     """Diffusion sampler."""
-    negative_prompt: str = Field(default="", max_length=MAX_PROMPT_CHARACTERS)
+    negative_prompt: Annotated[
+        str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(clean_text)
+    ] = ""
     """Text to steer away from."""
     seed: int | None = Field(default=None, ge=0, lt=2**53)
     """Makes image k of prompt i the same in every batch with this seed."""
@@ -89,6 +96,26 @@ class BatchAccepted(Answer):
     dataset: str
     prompts_accepted: int
     links: dict[str, str]
+
+
+class RejectedLine(Answer):
+    """A line of an upload that is no prompt; lines count from 1."""
+
+    line: int
+    reason: str
+
+
+class RejectedLines(Answer):
+    """The lines of an upload that were left out: how many, and the first of them."""
+
+    count: int
+    first: list[RejectedLine]
+
+
+class UploadAccepted(BatchAccepted):
+    """Answer 202 of `POST /v1/batches/upload`."""
+
+    rejected: RejectedLines
 
 
 class PromptCounts(Answer):
@@ -133,6 +160,7 @@ class DatasetView(Answer):
     images: int
     bytes: int
     last_seq: int
+    rejected: int = 0
 
 
 class ShardView(Answer):
@@ -145,6 +173,83 @@ class ShardView(Answer):
     groups: int
     images: int
     created_at: datetime
+
+
+class GroupView(Answer):
+    """Where the images of a prompt come from; `samples` is enough to make each of them again."""
+
+    gid: str
+    dataset: str
+    batch: str
+    index: int
+    caption_id: str
+    state: Literal["committed", "failed"]
+    rejected: bool
+    seq: int
+    shard: str | None
+    images: int
+    samples: list[SampleMetadata]
+    failure: FailureView | None
+    created_at: datetime
+
+
+class ModelView(Answer):
+    """A text-to-image model that batches may name, with what it does unless told otherwise."""
+
+    alias: str
+    revision: str
+    licence: str
+    guidance_scale: float
+    num_inference_steps: int
+    scheduler: str
+    generate_px: int
+    store_px: int
+
+
+class WorkerView(Answer):
+    """A live generation worker."""
+
+    name: str
+    device: str
+    state: str
+    images_per_s: float | None
+
+
+class QueueView(Answer):
+    """Jobs that wait and run; `backlog_s` is None while no worker's speed is known."""
+
+    depth: int
+    running: int
+    backlog_s: float | None
+
+
+class ScaleView(Answer):
+    """How many workers the accepted, unfinished work wants."""
+
+    value: int
+
+
+class HealthView(Answer):
+    """Answer of the health checks."""
+
+    status: Literal["ok"]
+
+
+class FieldProblem(Answer):
+    """One place of a request that does not fit."""
+
+    field: str
+    message: str
+
+
+class Problem(Answer):
+    """Problem details (RFC 9457): the body of every error, `application/problem+json`."""
+
+    type: str
+    title: str
+    status: int
+    detail: str | None = None
+    errors: list[FieldProblem] | None = None
 
 
 class RunRequest(Request):

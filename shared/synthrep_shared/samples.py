@@ -73,7 +73,7 @@ def member_name(gid: str, image_index: int, suffix: str) -> str:
 
 def parse_member_name(name: str) -> tuple[str, int, str]:
     """(gid, image index, suffix) of a member name; raises ValueError for any other name."""
-    match = _MEMBER.match(name)
+    match = _MEMBER.fullmatch(name)
     if match is None:
         raise ValueError(f"not a sample's member name: {name[:80]!r}")
     return match[1], int(match[2]), match[3]

@@ -60,10 +60,14 @@ class DatasetPaths:
         return self.folder / "tmp"
 
     def make_folders(self) -> None:
-        """Create the folders of the dataset where they are absent."""
+        """Create the folders of the dataset where they are absent, durably."""
         folders = (self.intake, self.shards, self.failures, self.control, self.log.parent)
-        for folder in (*folders, self.temporary):
+        absent = [folder for folder in (*folders, self.temporary) if not folder.is_dir()]
+        for folder in absent:
             folder.mkdir(parents=True, exist_ok=True)
+        if absent:
+            sync_folder(self.folder)
+            sync_folder(self.root)
 
 
 def list_datasets(root: Path) -> list[str]:
