@@ -80,6 +80,8 @@ class GeneratorSettings(ServiceSettings):
     """Pause between two passes of the reconciler."""
     job_limit_s: float = Field(default=600.0, gt=0)
     """Wall clock after which a job's process is killed."""
+    hang_s: float = Field(default=60.0, gt=0)
+    """A job's process that shows no progress for so long, and thrice its usual pause, is killed."""
     max_strikes: int = Field(default=4, ge=1)
     """Crashes of the device process after which a lone prompt is recorded as failed."""
     high_water_prompts: int = Field(default=2_000_000, ge=1)
@@ -88,6 +90,10 @@ class GeneratorSettings(ServiceSettings):
     """Free disk space below which new batches are refused and workers wait."""
     max_body_bytes: int = Field(default=2 << 20, ge=1024)
     """Cap on a request body, uploads excepted."""
+    synthesizer: Literal["diffusers", "fake"] = "diffusers"
+    """`fake` paints patterns from prompt and seed, for tests of everything around the model."""
+    fake_delay_s: float = Field(default=0.0, ge=0)
+    """Time that the fake synthesizer takes for an image."""
     image_format: Literal["jpg", "png", "webp"] = "jpg"
     """Format of stored images."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)

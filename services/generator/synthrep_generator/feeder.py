@@ -1,0 +1,132 @@
+"""What is left to do: intake minus outcomes minus in flight, cut into chunks.
+
+A batch is cut into blocks of equal size from its start, whatever was done of it and when; a block
+with fewer free prompts than that shares a chunk with others of equal settings. So a batch alone
+gives the same chunks on every stack, and many small batches still fill the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence, Set
+from datetime import datetime
+
+from synthrep_generator.chunks import Chunk, Place, chunk_from_places
+from synthrep_generator.errors import IntakeError
+from synthrep_generator.intake import BatchHeader, IntakeReader, is_paused, list_batches
+from synthrep_shared.commit_log import CommitLog, Outcomes
+from synthrep_shared.storage import DatasetPaths
+
+logger = logging.getLogger(__name__)
+
+
+class BatchFeed:
+    """The unfinished blocks of one batch; blocks found decided are not looked at again."""
+
+    def __init__(self, header: BatchHeader, *, job_images: int) -> None:
+        self.header = header
+        self.block_prompts = max(1, job_images // header.settings.images_per_prompt)
+        self.kind = (header.dataset, header.settings.model_dump_json())
+        self._unfinished: list[int] = []
+        self._next_block = 0
+        self._num_blocks = -(-header.num_prompts // self.block_prompts)
+
+    @property
+    def urgency(self) -> tuple[int, datetime, str]:
+        """Sorts batches by priority, then age."""
+        return self.header.priority, self.header.created_at, self.header.id
+
+    def is_finished(self, outcomes: Outcomes) -> bool:
+        """Whether every prompt is decided, as far as the last `free_blocks` saw."""
+        if self.header.id in outcomes.cancelled:
+            return True
+        return self._next_block == self._num_blocks and not self._unfinished
+
+    def free_blocks(self, outcomes: Outcomes, in_flight: Set[Place]) -> Iterator[list[Place]]:
+        """The prompts, block by block, that are neither decided nor in flight."""
+        for block in list(self._unfinished):
+            undecided = self._undecided(block, outcomes)
+            if not undecided:
+                self._unfinished.remove(block)
+            elif free := [place for place in undecided if place not in in_flight]:
+                yield free
+        while self._next_block < self._num_blocks:
+            undecided = self._undecided(self._next_block, outcomes)
+            if undecided:
+                self._unfinished.append(self._next_block)
+            self._next_block += 1
+            if free := [place for place in undecided if place not in in_flight]:
+                yield free
+
+    def _undecided(self, block: int, outcomes: Outcomes) -> list[Place]:
+        start = block * self.block_prompts
+        stop = min(start + self.block_prompts, self.header.num_prompts)
+        batch = self.header.id
+        return [Place(batch, i) for i in range(start, stop) if not outcomes.is_decided(batch, i)]
+
+
+class DatasetFeed:
+    """The unfinished batches of one data set and what its log says of them."""
+
+    def __init__(self, paths: DatasetPaths, *, job_images: int) -> None:
+        self.paths = paths
+        self._job_images = job_images
+        self._log = CommitLog(paths.log)
+        self._batches: dict[str, BatchFeed] = {}
+        self._known: set[str] = set()
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What the log said at the last `refresh`."""
+        return self._log.outcomes
+
+    def refresh(self) -> None:
+        """Read new log lines and new intake files; raises CommitLogError on a malformed log."""
+        self._log.refresh()
+        for batch in set(list_batches(self.paths)) - self._known:
+            self._known.add(batch)
+            try:
+                header = IntakeReader(self.paths, batch).header
+            except (IntakeError, OSError):
+                logger.exception("intake file skipped", extra={"batch": batch})
+                continue
+            self._batches[batch] = BatchFeed(header, job_images=self._job_images)
+
+    def batches(self) -> list[BatchFeed]:
+        """The batches with something left to do, paused ones excepted."""
+        for batch in [b for b, feed in self._batches.items() if feed.is_finished(self.outcomes)]:
+            del self._batches[batch]
+        return [feed for batch, feed in self._batches.items() if not is_paused(self.paths, batch)]
+
+    def undecided(self, chunk: Chunk) -> list[Place]:
+        """The prompts of a chunk without an outcome."""
+        decided = self.outcomes.is_decided
+        return [place for place in chunk.places() if not decided(place.batch, place.index)]
+
+
+def cut_chunks(feeds: Sequence[DatasetFeed], in_flight: Set[Place], *, room: int) -> list[Chunk]:
+    """At most `room` chunks of free prompts, most urgent first.
+
+    `in_flight` holds the places of every data set; batch ids are unique over all of them.
+    """
+    if not room:
+        return []
+    cuts: list[tuple[str, list[Place]]] = []
+    shared: dict[tuple[str, str], list[Place]] = {}
+    batches = [(batch, feed.outcomes) for feed in feeds for batch in feed.batches()]
+    for batch, outcomes in sorted(batches, key=lambda pair: pair[0].urgency):
+        for free in batch.free_blocks(outcomes, in_flight):
+            cut = shared.get(batch.kind)
+            if cut is not None and len(cut) + len(free) <= batch.block_prompts:
+                cut += free
+                continue
+            if len(cuts) == room:
+                return _chunks(cuts)
+            cuts.append((batch.header.dataset, free))
+            if len(free) < batch.block_prompts:
+                shared[batch.kind] = free
+    return _chunks(cuts)
+
+
+def _chunks(cuts: list[tuple[str, list[Place]]]) -> list[Chunk]:
+    return [chunk_from_places(dataset, places) for dataset, places in cuts]

@@ -1,0 +1,131 @@
+"""What makes images of prompts: the protocol, and a fake of it for tests.
+
+A synthesizer gets the images of one pass through the device and gives them back in order. An
+image that can never be made comes back as the error in its place, so that its neighbours live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synthrep_generator.errors import PermanentPromptError
+from synthrep_shared.messages import GenerationSettings
+
+Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+_NAP_S = 0.02
+_FOREVER_S = 1e9
+_PATCH_PX = 4
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """One image to make; equal tasks give equal pixels, whatever is made beside them."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How all images of a job are made."""
+
+    guidance_scale: float
+    num_inference_steps: int
+    scheduler: str
+    negative_prompt: str
+
+
+def recipe_from_settings(settings: GenerationSettings) -> Recipe:
+    """The recipe of settings whose defaults were filled in; raises ValueError for open ones."""
+    scale, steps, scheduler = (
+        settings.guidance_scale,
+        settings.num_inference_steps,
+        settings.scheduler,
+    )
+    if scale is None or steps is None or scheduler is None:
+        raise ValueError("the settings of a batch must have every default of the model filled in")
+    return Recipe(scale, steps, scheduler, settings.negative_prompt)
+
+
+class Synthesizer(Protocol):
+    """A loaded text-to-image model on a device."""
+
+    @property
+    def device(self) -> str:
+        """Where the work is done, for people to read."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """What samples record as the model's revision."""
+        ...
+
+    def generate(
+        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
+    ) -> list[Pixels | PermanentPromptError]:
+        """One result per task, in order. Calls `on_step` often; what it raises ends the work."""
+        ...
+
+
+class FakeSynthesizer:
+    """Paints patches of colour that are a function of prompt and seed; needs no model.
+
+    Prompts that contain one of these marks go wrong in its way, at every run:
+    `[fake:refuse]` no image can be made, `[fake:blank]` a black image, `[fake:raise]` an exception,
+    `[fake:crash]` the process is gone, `[fake:hang]` the call never returns.
+    """
+
+    device = "fake"
+    revision = "fake"
+
+    def __init__(self, *, store_px: int, delay_s: float = 0.0) -> None:
+        self._store_px, self._delay_s = store_px, delay_s
+
+    def generate(
+        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
+    ) -> list[Pixels | PermanentPromptError]:
+        """See Synthesizer."""
+        results: list[Pixels | PermanentPromptError] = []
+        for task in tasks:
+            self._sleep(self._delay_s, on_step)
+            results.append(self._make(task))
+        return results
+
+    def _make(self, task: ImageTask) -> Pixels | PermanentPromptError:
+        if "[fake:refuse]" in task.prompt:
+            return PermanentPromptError("the fake refuses this prompt")
+        if "[fake:blank]" in task.prompt:
+            return np.zeros((self._store_px, self._store_px, 3), np.uint8)
+        if "[fake:raise]" in task.prompt:
+            raise RuntimeError("the fake raises on this prompt")
+        if "[fake:crash]" in task.prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "[fake:hang]" in task.prompt:
+            time.sleep(_FOREVER_S)
+        return paint(task, self._store_px)
+
+    def _sleep(self, seconds: float, on_step: Callable[[], None]) -> None:
+        on_step()
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _NAP_S))
+            on_step()
+
+
+def paint(task: ImageTask, side_px: int) -> Pixels:
+    """A square of random patches of colour, a function of the task alone."""
+    digest = hashlib.sha256(f"{task.seed}:{task.prompt}".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+    patches = -(-side_px // _PATCH_PX)
+    colours = generator.integers(0, 256, (patches, patches, 3), np.uint8)
+    grown: NDArray[Any] = colours.repeat(_PATCH_PX, 0).repeat(_PATCH_PX, 1)
+    return grown[:side_px, :side_px]
