@@ -5,6 +5,12 @@ SynthRepError
 ├── ModelFilesMissingError the alias is configured, its files are not here
 ├── IdempotencyConflictError  the key was used with another body
 ├── IntakeError            an intake file is malformed
+├── HighWaterError         too many prompts are accepted and unfinished
+├── DiskReserveError       too little disk space is free
+├── UploadError            an upload is not what its content type says
+│   └── UploadTooLargeError    it unpacks to more lines or bytes than are allowed
+├── BacklogUnknownError    Redis does not say what is queued and running
+├── QueueServerError       Redis is set up so that it would lose work
 ├── RetryableJobError      the job may succeed elsewhere or later
 │   └── LeaseLostError     another worker may hold the chunk
 └── PermanentPromptError   this prompt can never succeed; carries the reason
@@ -29,6 +35,30 @@ class IdempotencyConflictError(SynthRepError):
 
 class IntakeError(SynthRepError):
     """An intake file is malformed."""
+
+
+class BacklogUnknownError(SynthRepError):
+    """Redis does not say what is queued and running."""
+
+
+class QueueServerError(SynthRepError):
+    """Redis is set up so that it would lose work."""
+
+
+class HighWaterError(SynthRepError):
+    """Too many prompts are accepted and unfinished."""
+
+
+class DiskReserveError(SynthRepError):
+    """Too little disk space is free."""
+
+
+class UploadError(SynthRepError):
+    """An upload is not what its content type says."""
+
+
+class UploadTooLargeError(UploadError):
+    """An upload unpacks to more lines or bytes than are allowed."""
 
 
 class RetryableJobError(SynthRepError):
