@@ -1,0 +1,59 @@
+"""Settings of the trainer's processes, from `SYNTHREP_TRAINER_…` environment variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from synthrep_shared.settings import ServiceSettings
+
+
+def _shared_probe_data() -> Path | None:
+    folder = os.environ.get("SYNTHREP_PROBE_DATA")
+    return Path(folder) if folder else None
+
+
+class TrainerSettings(ServiceSettings):
+    """What the trainer's API, launcher, train processes and probe workers read."""
+
+    model_config = SettingsConfigDict(env_prefix="SYNTHREP_TRAINER_")
+
+    port: int = Field(default=8001, ge=0, le=65535)
+    """Port of the API."""
+    runs: Path = Path("runs/trainer")
+    """Folder of the runs and probes; the API, the launcher and its processes see the same one."""
+    probe_data: Path | None = Field(default_factory=_shared_probe_data)
+    """Folder with `probe/NAME/{train,val,test}.tar`; without it SYNTHREP_PROBE_DATA is taken."""
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
+    """Device of train and probe processes; `auto` takes CUDA where there is one."""
+    processes_per_run: int = Field(default=1, ge=1, le=1024)
+    """Train processes of one run on this host, through torchrun; one a device."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Threads of torch in each train or probe process; 0 leaves the choice to torch."""
+    loader_threads: int = Field(default=1, ge=1, le=256)
+    """Threads that decode and augment in each train process."""
+    prefetch_batches: int = Field(default=2, ge=1, le=64)
+    """Batches that are made ready ahead of the step that takes them."""
+    poll_s: float = Field(default=0.05, gt=0, le=60)
+    """Pause between two looks at the commit log while waiting for it to grow."""
+    verify_s: float = Field(default=10.0, gt=0)
+    """Time spent on verifying new shards before a window opens that could open already."""
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of so many steps are kept for ever; 0 keeps none of them."""
+    max_runs: int = Field(default=1, ge=1, le=64)
+    """Runs that one launcher trains at a time."""
+    max_probes: int = Field(default=1, ge=1, le=64)
+    """Probes that one launcher works on at a time."""
+    sweep_s: float = Field(default=0.5, gt=0, le=60)
+    """Pause between two looks of the launcher at requests and children."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of a crashed train process in a row without a new checkpoint in between."""
+    grace_s: float = Field(default=20.0, gt=0)
+    """Time that a stopping child gets for its checkpoint before it is killed."""
+    max_body_bytes: int = Field(default=64 << 10, ge=1024)
+    """Cap on a request body."""

@@ -1,0 +1,91 @@
+"""The shards of a dataset as one run sees them: verified before first use, or in quarantine.
+
+`quarantine/<seq>.json` in the run's folder says which shard and why. The set of bad shards must be
+the same on every rank at every batch, so a process knows those that were there when it began, and
+those that rank 0 finds before it admits them. One that turns bad later ends the process: it is in
+quarantine when the run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from synthrep_shared.commit_log import CommitRecord
+from synthrep_shared.storage import DatasetPaths, publish_bytes
+from synthrep_trainer.errors import BadShardError
+from synthrep_trainer.group_index import ShardRef
+from synthrep_trainer.shard_files import (
+    GroupKey,
+    Image,
+    ShardLayout,
+    ShardMismatchError,
+    read_images,
+    verify_shard,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class ShardStore:
+    """Reads the shards of one dataset for one run; `verify` and `read` may run in any thread."""
+
+    def __init__(self, paths: DatasetPaths, run_folder: Path) -> None:
+        self._paths = paths
+        self._quarantine = run_folder / "quarantine"
+        self._quarantine.mkdir(parents=True, exist_ok=True)
+        self._bad = {int(path.stem) for path in self._quarantine.glob("[0-9]*.json")}
+        self._layouts: dict[int, ShardLayout] = {}
+
+    @property
+    def num_quarantined(self) -> int:
+        """Shards in quarantine that this process knows of."""
+        return len(self._bad)
+
+    def is_bad(self, seq: int) -> bool:
+        """Whether the shard is known to be in quarantine."""
+        return seq in self._bad
+
+    def learn(self, seq: int) -> None:
+        """Look whether rank 0 put a shard in quarantine before it admitted it."""
+        if (self._quarantine / f"{seq}.json").exists():
+            self._bad.add(seq)
+
+    def scout(self, record: CommitRecord) -> None:
+        """Verify a shard that was not admitted yet; a bad one goes to quarantine."""
+        keys = [GroupKey(g.gid, g.caption_id, g.images) for g in record.groups]
+        try:
+            self._layouts[record.seq] = verify_shard(
+                self._paths.shards / record.name,
+                sha256=record.sha256, num_bytes=record.bytes, groups=keys,
+            )  # fmt: skip
+        except ShardMismatchError as error:
+            self.quarantine(record.seq, record.name, str(error))
+            self._bad.add(record.seq)
+
+    def verify(self, shard: ShardRef, keys: Sequence[GroupKey]) -> None:
+        """Check an admitted shard unless this process has; BadShardError, after quarantine."""
+        if shard.seq in self._layouts:
+            return
+        try:
+            self._layouts[shard.seq] = verify_shard(
+                self._paths.shards / shard.name,
+                sha256=shard.sha256, num_bytes=shard.num_bytes, groups=keys,
+            )  # fmt: skip
+        except ShardMismatchError as error:
+            raise self.quarantine(shard.seq, shard.name, str(error)) from error
+
+    def read(self, shard: ShardRef, place: int, images: Sequence[int]) -> list[Image]:
+        """Images of the group at `place` in a verified shard, by their positions in the group."""
+        path = self._paths.shards / shard.name
+        return read_images(path, self._layouts[shard.seq], place, images)
+
+    def quarantine(self, seq: int, name: str, reason: str) -> BadShardError:
+        """Record durably that the run does not use a shard; gives the error to raise."""
+        note = {"seq": seq, "name": name, "reason": reason, "found_at": str(datetime.now(UTC))}
+        publish_bytes(json.dumps(note).encode(), self._quarantine / f"{seq}.json")
+        _log.error("shard_quarantined", extra={"shard": name, "seq": seq, "reason": reason})
+        return BadShardError(seq, reason)

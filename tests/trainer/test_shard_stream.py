@@ -1,0 +1,236 @@
+"""The order of training: the same for a seed and a log, whatever is killed, whatever comes when."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from collections import Counter, deque
+
+import pytest
+
+from synthrep_trainer.errors import BadShardError, LogChangedError, RunError
+from synthrep_trainer.order import SamplingPlan
+from synthrep_trainer.shard_stream import DrawnBatch, ShardStream
+
+NEVER = lambda: False  # noqa: E731
+AT_ONCE = lambda: True  # noqa: E731
+
+
+def plan(**changes: int) -> SamplingPlan:
+    values = {
+        "seed": 7, "captions_per_batch": 6, "images_per_caption": 2,
+        "min_fill_groups": 6, "max_uses_per_image": 100,
+    }  # fmt: skip
+    return SamplingPlan(**(values | changes))
+
+
+def rows(batch: DrawnBatch) -> list[tuple]:
+    return [(g.row, g.group, g.caption_id, g.place, tuple(g.images)) for g in batch.groups]
+
+
+class Ranks:
+    """All ranks of one attempt, drawing in step."""
+
+    def __init__(self, maker, run, sampling, *, world_size=1, step=0, cursor=None) -> None:
+        self.streams = [
+            ShardStream(
+                maker.paths, run, sampling, step=step, cursor=cursor, rank=rank,
+                world_size=world_size, poll_s=0.001, verify_s=0.05,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+
+    def draw(self):
+        """(step, rows of all ranks, cursor), or None where the log has not enough."""
+        batches = [stream.next_batch(AT_ONCE) for stream in self.streams]
+        if batches[0] is None:
+            return None
+        assert len({batch.cursor for batch in batches}) == 1
+        assert len({len(batch.groups) for batch in batches}) == 1
+        return batches[0].step, sorted(row for b in batches for row in rows(b)), batches[0].cursor
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_order_survives_kills_changes_of_world_and_late_shards(shard_maker, tmp_path, case):
+    dice = random.Random(case)
+    run, steps = tmp_path / "run", 40
+    sampling = plan(
+        seed=case,
+        images_per_caption=dice.randint(1, 4),
+        min_fill_groups=dice.randint(1, 12),
+        max_uses_per_image=dice.choice([6, 100]),
+    )
+    seen: dict[int, list] = {}
+    saved = (0, None)
+    first, last = None, None
+    attempt = Ranks(shard_maker, run, sampling)
+    while len(seen) < steps:
+        if dice.random() < 0.3:
+            last = shard_maker.commit(dice.randint(1, 9), images=dice.randint(1, 5))
+            first = first or last
+        if first and dice.random() < 0.05:
+            shard_maker.reject(dice.choice(first.groups))
+        drawn = attempt.draw()
+        if drawn is None:  # a stream that was stopped is at its end
+            last = shard_maker.commit(dice.randint(1, 9), images=3)
+            first = first or last
+        else:
+            step, batch, cursor = drawn
+            assert seen.setdefault(step, batch) == batch, "a repeated step saw something else"
+            if dice.random() < 0.3:
+                saved = (step, cursor)
+        if drawn is None or dice.random() < 0.2:
+            step, cursor = saved
+            attempt = Ranks(
+                shard_maker, run, sampling,
+                world_size=dice.choice([1, 2, 3]), step=step, cursor=cursor,
+            )  # fmt: skip
+    whole = Ranks(shard_maker, run, sampling)
+    assert [whole.draw()[1] for _ in range(steps)] == [seen[step] for step in range(1, steps + 1)]
+
+
+def test_each_window_uses_each_group_once(shard_maker, tmp_path):
+    shard_maker.commit(17)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan())
+    drawn = Counter(g.group for _ in range(17) for g in stream.next_batch(NEVER).groups)
+    assert drawn == dict.fromkeys(range(17), 6)
+
+
+def test_a_batch_holds_no_group_twice(shard_maker, tmp_path):
+    shard_maker.commit(7)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan())
+    for _ in range(30):
+        assert len({g.group for g in stream.next_batch(NEVER).groups}) == 6
+
+
+def test_images_of_a_draw_differ_and_are_used_evenly(shard_maker, tmp_path):
+    shard_maker.commit(6, images=5)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(images_per_caption=3))
+    uses: Counter = Counter()
+    for _ in range(10):
+        for g in stream.next_batch(NEVER).groups:
+            assert len(set(g.images)) == 3
+            uses.update((g.group, k) for k in g.images)
+    assert set(uses.values()) == {6}
+
+
+def test_a_small_group_gives_its_images_more_than_once(shard_maker, tmp_path):
+    shard_maker.commit(6, images=2)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(images_per_caption=4))
+    assert all(sorted(g.images) == [0, 0, 1, 1] for g in stream.next_batch(NEVER).groups)
+
+
+def test_the_bound_on_uses_holds_and_new_images_end_the_wait(shard_maker, tmp_path):
+    shard_maker.commit(8, images=3)
+    stream = ShardStream(
+        shard_maker.paths, tmp_path, plan(max_uses_per_image=4, images_per_caption=2), poll_s=0.01
+    )
+    uses: Counter = Counter()
+    timer = threading.Timer(0.3, lambda: shard_maker.commit(6, images=3))
+    for number in range(9):
+        if number == 8:  # 8 groups of 3 images, 4 uses each, make 48 draws: 8 batches of 6 by 2
+            assert uses.total() == 96
+            timer.start()
+        for g in stream.next_batch(NEVER).groups:
+            uses.update((g.group, k) for k in g.images)
+    assert max(uses.values()) == 4
+
+
+def test_the_first_batch_waits_for_the_minimum_fill(shard_maker, tmp_path):
+    shard_maker.commit(7)
+    assert (
+        ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=8)).next_batch(AT_ONCE)
+        is None
+    )
+    shard_maker.commit(1)
+    assert ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=8)).next_batch(AT_ONCE)
+
+
+def test_another_seed_gives_another_order(shard_maker, tmp_path):
+    shard_maker.commit(40)
+    orders = [
+        rows(ShardStream(shard_maker.paths, tmp_path / str(s), plan(seed=s)).next_batch(NEVER))
+        for s in range(2)
+    ]
+    assert orders[0] != orders[1]
+
+
+def test_rejected_groups_are_left_out_of_later_windows(shard_maker, tmp_path):
+    record = shard_maker.commit(7)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan())
+    stream.next_batch(NEVER)
+    shard_maker.reject(record.groups[3])
+    stream.next_batch(NEVER)  # ends the window that was open
+    later = {g.group for _ in range(10) for g in stream.next_batch(NEVER).groups}
+    assert later == {0, 1, 2, 4, 5, 6}
+
+
+def test_equal_captions_share_an_id(shard_maker, tmp_path):
+    shard_maker.commit(6, captions=["a robin", "a  robin ", "a wren", "a tit", "a jay", "a rook"])
+    ids = [
+        g.caption_id
+        for g in ShardStream(shard_maker.paths, tmp_path, plan()).next_batch(NEVER).groups
+    ]
+    assert sorted(Counter(ids).values()) == [1, 1, 1, 1, 2]
+
+
+def test_an_early_quarantine_passes_over_the_shard_on_every_attempt(shard_maker, tmp_path):
+    good = shard_maker.commit(6)
+    shard_maker.commit(6, break_file=lambda data: data[:-1] + b"x")
+    shard_maker.commit(6)
+    orders = []
+    for world_size in (1, 2):
+        ranks = Ranks(shard_maker, tmp_path, plan(), world_size=world_size)
+        orders.append([ranks.draw()[1] for _ in range(8)])
+        assert ranks.streams[0].store.num_quarantined == 1
+    assert orders[0] == orders[1]
+    groups = {row[1] for batch in orders[0] for row in batch}
+    assert groups == {*range(6), *range(12, 18)}
+    assert (tmp_path / "quarantine" / f"{good.seq + 1}.json").exists()
+
+
+def test_a_shard_that_turns_bad_ends_the_process_and_is_passed_over_afterwards(
+    shard_maker, tmp_path
+):
+    shard_maker.commit(9)
+    record = shard_maker.commit(3)
+    ShardStream(shard_maker.paths, tmp_path, plan()).next_batch(NEVER)
+    file = shard_maker.paths.shards / record.name
+    file.write_bytes(b"\0" * record.bytes)
+    again = ShardStream(shard_maker.paths, tmp_path, plan())
+    drawn = [g.shard for _ in range(2) for g in again.next_batch(NEVER).groups]
+    with pytest.raises(BadShardError, match="sha256"):
+        deque(map(again.verify, drawn))
+    after = ShardStream(shard_maker.paths, tmp_path, plan())
+    groups = Counter(g.group for _ in range(6) for g in after.next_batch(NEVER).groups)
+    assert groups == dict.fromkeys(range(9), 4)
+
+
+def test_another_log_is_refused(shard_maker, tmp_path):
+    shard_maker.commit(6)
+    stream = ShardStream(shard_maker.paths, tmp_path / "run", plan())
+    batch = stream.next_batch(NEVER)
+    shutil.rmtree(shard_maker.paths.folder)
+    other = type(shard_maker)(shard_maker.paths.root)
+    other.commit(5)
+    with pytest.raises(LogChangedError, match="not the log"):
+        ShardStream(shard_maker.paths, tmp_path / "run", plan(), step=1, cursor=batch.cursor)
+
+
+def test_a_torn_admission_is_cut_off_and_a_malformed_one_refused(shard_maker, tmp_path):
+    shard_maker.commit(6)
+    expected = rows(ShardStream(shard_maker.paths, tmp_path, plan()).next_batch(NEVER))
+    journal = tmp_path / "admissions.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole[:20])
+    assert rows(ShardStream(shard_maker.paths, tmp_path, plan()).next_batch(NEVER)) == expected
+    assert journal.read_bytes() == whole
+    journal.write_bytes(b"{}\n" + whole)
+    with pytest.raises(RunError, match="malformed"):
+        ShardStream(shard_maker.paths, tmp_path, plan())
+
+
+def test_captions_must_be_shared_evenly(shard_maker, tmp_path):
+    with pytest.raises(ValueError, match="cannot be shared evenly"):
+        ShardStream(shard_maker.paths, tmp_path, plan(captions_per_batch=5), world_size=2)
