@@ -127,3 +127,14 @@ def sha256_file(path: Path) -> str:
         while chunk := stream.read(_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def adopt_file(final: Path, sha256: str) -> None:
+    """Make sure of a file that a writer published and never committed; StorageError if it differs.
+
+    For a name that holds the content's digest and no record names: the content is what this
+    writer would publish too.
+    """
+    if sha256_file(final) != sha256:
+        raise StorageError(f"{final} has other content than its name says; remove it")
+    sync_folder(final.parent)

@@ -81,15 +81,19 @@ class DatasetFeed:
         return self._log.outcomes
 
     def refresh(self) -> None:
-        """Read new log lines and new intake files; raises CommitLogError on a malformed log."""
+        """Read new log lines and new intake files; raises CommitLogError on a malformed log.
+
+        A malformed intake file is passed over; OSError is raised, and the next call tries again.
+        """
         self._log.refresh()
         for batch in set(list_batches(self.paths)) - self._known:
-            self._known.add(batch)
             try:
                 header = IntakeReader(self.paths, batch).header
-            except (IntakeError, OSError):
+            except IntakeError:
                 logger.exception("intake file skipped", extra={"batch": batch})
+                self._known.add(batch)
                 continue
+            self._known.add(batch)
             self._batches[batch] = BatchFeed(header, job_images=self._job_images)
 
     def batches(self) -> list[BatchFeed]:
