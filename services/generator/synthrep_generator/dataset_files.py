@@ -1,0 +1,47 @@
+"""The open files of the data sets that a process works on, so that a job reads only what is new."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from synthrep_generator.intake import IntakeReader
+from synthrep_shared.commit_log import CommitLog
+from synthrep_shared.errors import StorageError
+from synthrep_shared.storage import DatasetPaths
+
+_MAX_READERS = 64
+
+
+class DatasetFiles:
+    """One data set: its paths, its log, and readers of the batches asked for last."""
+
+    def __init__(self, paths: DatasetPaths) -> None:
+        self.paths = paths
+        self.log = CommitLog(paths.log)
+        self._readers: dict[str, IntakeReader] = {}
+
+    def reader(self, batch: str) -> IntakeReader:
+        """The reader of a batch; raises OSError or IntakeError."""
+        reader = self._readers.pop(batch, None) or IntakeReader(self.paths, batch)
+        self._readers[batch] = reader
+        while len(self._readers) > _MAX_READERS:
+            del self._readers[next(iter(self._readers))]
+        return reader
+
+
+class OpenDatasets:
+    """The data sets under a root, opened at first use."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: dict[str, DatasetFiles] = {}
+
+    def __getitem__(self, dataset: str) -> DatasetFiles:
+        """Raises StorageError if nothing was ever accepted for such a data set."""
+        if dataset not in self._open:
+            paths = DatasetPaths(self._root, dataset)
+            if not paths.intake.is_dir():
+                raise StorageError(f"no data set {dataset!r} under {self._root}")
+            paths.make_folders()
+            self._open[dataset] = DatasetFiles(paths)
+        return self._open[dataset]

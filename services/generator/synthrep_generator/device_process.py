@@ -1,0 +1,199 @@
+"""The process that owns the device and the model, a child of the worker; runs one job at a time.
+
+Started by the supervisor as `python -m synthrep_generator.device_process FD PARENT`. It is never
+forked from a process that used the device, and never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from synthrep_generator.chunks import Chunk, Place
+from synthrep_generator.dataset_files import OpenDatasets
+from synthrep_generator.errors import ModelFilesMissingError, UnknownModelError
+from synthrep_generator.jobs import Bench, JobStoppedError, generate_shard, make_request
+from synthrep_generator.pipe import (
+    Beat,
+    Channel,
+    Finished,
+    LoadModel,
+    Raised,
+    Ready,
+    RunChunk,
+    StopChunk,
+)
+from synthrep_generator.settings import GeneratorSettings, ModelConfig
+from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Recipe, Synthesizer
+from synthrep_shared.errors import SynthRepError
+from synthrep_shared.logs import configure_logging
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_BEAT_S = 0.2
+_MAX_REASON_CHARACTERS = 300
+_WARM_UP = ImageTask(prompt="a photograph", seed=0)
+
+
+class _JobWatch:
+    """Tells the supervisor of progress, and the job of the supervisor's wish to stop."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._active: tuple[tuple[str, int], ...] = ()
+        self._sent_at = 0.0
+        self.wish: StopChunk | None = None
+        self.chunk_id = ""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the job at hand is to end."""
+        return self.wish is not None and self.wish.chunk_id == self.chunk_id
+
+    def begin(self, places: Sequence[Place]) -> None:
+        """See jobs.Watch."""
+        self._active = tuple((place.batch, place.index) for place in places)
+        self._send()
+        if places:
+            self.step()
+
+    def step(self) -> None:
+        """See jobs.Watch."""
+        if self.wish is not None and self.is_stopped:
+            raise JobStoppedError(discard=self.wish.discard)
+        if time.monotonic() - self._sent_at >= _BEAT_S:
+            self._send()
+
+    def _send(self) -> None:
+        self._sent_at = time.monotonic()
+        self._channel.send(Beat(active=self._active))
+
+
+class DeviceProcess:
+    """Serves the supervisor's requests until its end of the channel closes."""
+
+    def __init__(self, settings: GeneratorSettings, channel: Channel) -> None:
+        self._settings, self._channel = settings, channel
+        self._datasets = OpenDatasets(settings.root)
+        self._watch = _JobWatch(channel)
+        self._inbox: queue.SimpleQueue[LoadModel | RunChunk] = queue.SimpleQueue()
+        self._alias = ""
+        self._synthesizer: Synthesizer | None = None
+
+    def serve(self) -> None:
+        """Run requests one by one; never returns normally."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        while True:
+            request = self._inbox.get()
+            try:
+                if isinstance(request, LoadModel):
+                    self._load(request.alias)
+                else:
+                    self._run(request.chunk)
+            except (OSError, SynthRepError) as error:
+                logger.exception("job failed")
+                self._channel.send(Raised(reason=_reason(error), retryable=True))
+            except Exception as error:
+                # Whatever this was may have left the device in any state: start afresh.
+                self._channel.send(Raised(reason=_reason(error), retryable=False))
+                raise
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._channel.receive()
+            except EOFError:
+                os._exit(0)
+            if isinstance(message, StopChunk):
+                self._watch.wish = message
+            elif isinstance(message, LoadModel | RunChunk):
+                self._inbox.put(message)
+
+    def _run(self, chunk: Chunk) -> None:
+        self._watch.chunk_id = chunk.id
+        request = make_request(chunk, self._datasets[chunk.dataset])
+        if request is None:
+            self._channel.send(Finished(committed=0, failed=0, images=0, stopped=False))
+            return
+        alias = request.settings.model
+        bench = Bench(
+            synthesizer=self._load(alias),
+            model=self._settings.models[alias],
+            image_format=self._settings.image_format,
+            quality=self._settings.jpeg_quality,
+            watch=self._watch,
+        )
+        result = generate_shard(request, bench)
+        stopped = self._watch.is_stopped
+        self._channel.send(Finished(**result.model_dump(), stopped=stopped))
+
+    def _load(self, alias: str) -> Synthesizer:
+        if self._synthesizer is None or alias != self._alias:
+            if alias not in self._settings.models:
+                raise UnknownModelError(f"model {alias!r} is not configured on this worker")
+            self._synthesizer = None  # frees the device's memory first
+            synthesizer = make_synthesizer(self._settings, self._settings.models[alias])
+            warm_up(synthesizer, self._settings.models[alias])
+            self._alias, self._synthesizer = alias, synthesizer
+            logger.info("model loaded", extra={"model": alias, "device": synthesizer.device})
+        self._channel.send(Ready(device=self._synthesizer.device))
+        return self._synthesizer
+
+
+def make_synthesizer(settings: GeneratorSettings, model: ModelConfig) -> Synthesizer:
+    """The configured synthesizer, loaded; raises ModelFilesMissingError without the files."""
+    if settings.synthesizer == "fake":
+        return FakeSynthesizer(store_px=model.store_px, delay_s=settings.fake_delay_s)
+    if not model.path.is_dir():
+        raise ModelFilesMissingError(f"no model folder {model.path}; pull the model first")
+    from synthrep_generator.diffusion import load_synthesizer
+
+    return load_synthesizer(model, device=settings.device)
+
+
+def warm_up(synthesizer: Synthesizer, model: ModelConfig) -> None:
+    """Make one image, so that a device that cannot is found out before a prompt gets the blame."""
+    recipe = Recipe(
+        guidance_scale=model.guidance_scale,
+        num_inference_steps=model.num_inference_steps,
+        scheduler=model.scheduler,
+        negative_prompt="",
+    )
+    (result,) = synthesizer.generate([_WARM_UP], recipe, lambda: None)
+    if isinstance(result, Exception):
+        raise OSError(f"the model does not work on {synthesizer.device}: {result}")
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARACTERS]
+
+
+def main() -> None:
+    """Serve the worker whose socket and process id the command line gives."""
+    die_with_parent(int(sys.argv[2]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the worker says over the channel when to stop
+    settings = GeneratorSettings()
+    configure_logging("generator-worker", settings.log_level)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    DeviceProcess(settings, channel).serve()
+
+
+if __name__ == "__main__":
+    main()

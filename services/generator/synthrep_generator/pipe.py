@@ -1,0 +1,107 @@
+"""What a worker and the process that owns its device say to each other: JSON lines on a socket."""
+
+from __future__ import annotations
+
+import select
+import socket
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from synthrep_generator.chunks import Chunk
+
+_READ_BYTES = 1 << 16
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoadModel(_Line):
+    """To the device: have this model ready."""
+
+    kind: Literal["load"] = "load"
+    alias: str
+
+
+class RunChunk(_Line):
+    """To the device: make the images of a chunk."""
+
+    kind: Literal["run"] = "run"
+    chunk: Chunk
+
+
+class StopChunk(_Line):
+    """To the device: end the run of a chunk; seal what is complete, or drop it."""
+
+    kind: Literal["stop"] = "stop"
+    chunk_id: str
+    discard: bool
+
+
+class Ready(_Line):
+    """From the device: the model is loaded and has made a first image."""
+
+    kind: Literal["ready"] = "ready"
+    device: str
+
+
+class Beat(_Line):
+    """From the device: it makes progress; `active` are the (batch, index) of prompts in work."""
+
+    kind: Literal["beat"] = "beat"
+    active: tuple[tuple[str, int], ...]
+
+
+class Finished(_Line):
+    """From the device: the run is over, its outcomes are in the log."""
+
+    kind: Literal["finished"] = "finished"
+    committed: int
+    failed: int
+    images: int
+    stopped: bool
+
+
+class Raised(_Line):
+    """From the device: what it was asked for failed; if not `retryable` the process ends itself."""
+
+    kind: Literal["raised"] = "raised"
+    reason: str
+    retryable: bool
+
+
+Message = LoadModel | RunChunk | StopChunk | Ready | Beat | Finished | Raised
+_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+class Channel:
+    """One end of the socket; one thread may send while another receives."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._buffer = bytearray()
+
+    def send(self, message: Message) -> None:
+        """Send one message; raises OSError if the other end is gone."""
+        self._socket.sendall(message.model_dump_json().encode() + b"\n")
+
+    def receive(self, timeout_s: float | None = None) -> Message | None:
+        """The next message, or None after `timeout_s`; raises EOFError if the other end is gone."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            if not select.select([self._socket], [], [], timeout_s)[0]:
+                return None
+            try:
+                data = self._socket.recv(_READ_BYTES)
+            except ConnectionError as error:
+                raise EOFError("the other process is gone") from error
+            if not data:
+                raise EOFError("the other process is gone")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return _MESSAGE.validate_json(line)
+
+    def close(self) -> None:
+        """Close this end; the other sees it."""
+        self._socket.close()
