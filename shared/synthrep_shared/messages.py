@@ -9,7 +9,14 @@ import unicodedata
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from synthrep_shared.samples import DATASET_PATTERN, SampleMetadata, normalise_caption
 
@@ -54,6 +61,9 @@ Prompt = Annotated[
     str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(clean_prompt)
 ]
 DatasetName = Annotated[str, StringConstraints(pattern=DATASET_PATTERN)]
+ProbeSetName = Annotated[
+    str, StringConstraints(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+]
 Alias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -84,7 +94,7 @@ class BatchRequest(GenerationSettings):
     dataset: DatasetName
     """Data set that the groups are committed to; made if absent."""
     prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS_PER_REQUEST)
-    """Captions, 1-1,000 of up to 1,000 characters; each ends as one group or one recorded failure."""
+    """1-1,000 captions of up to 1,000 characters; each ends as one group or one failure."""
     priority: int = Field(default=5, ge=0, le=9)
     """0 is served first, 9 last."""
 
@@ -260,11 +270,11 @@ class RunRequest(Request):
     objective: Objective = "stablerep"
     """`stablerep`: images of one caption are positives; `simclr`: two crops of one image are."""
     model: str = Field(default="synthrep_tiny", max_length=100)
-    """`synthrep_tiny` (ViT width 128, depth 6, patch 4) or the name of a timm vision transformer."""
+    """`synthrep_tiny` (ViT width 128, depth 6, patch 4) or a vision transformer of timm."""
     image_size: int = Field(default=32, ge=16, le=512)
     """Side of the training crop, px."""
-    images_per_caption: int = Field(default=4, ge=1, le=64)
-    """Images drawn per caption and step, without replacement."""
+    images_per_caption: int | None = Field(default=None, ge=1, le=64)
+    """Images drawn per caption and step, without replacement; None: 4, of simclr 1."""
     captions_per_batch: int = Field(default=64, ge=2, le=8192)
     """Captions per step, over all ranks."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -284,11 +294,21 @@ class RunRequest(Request):
     min_fill_groups: int | None = Field(default=None, ge=1)
     """Groups that must be committed before the first step; None: one batch of captions."""
     max_uses_per_image: int = Field(default=100, ge=1)
-    """Bound on how often a stored image may be drawn; the trainer waits for new ones at the bound."""
+    """How often a stored image may be drawn; the trainer waits for new ones at the bound."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     probe_every: int | None = Field(default=None, ge=1)
     """Steps between probes of the newest checkpoint; None: no probes during the run."""
+    probe_datasets: list[ProbeSetName] = Field(default=[], max_length=20)
+    """Labelled sets of the probes during the run, see `GET /v1/probe-datasets`."""
+
+    @model_validator(mode="after")
+    def _has_an_end_and_sets_to_probe(self) -> RunRequest:
+        if (self.max_steps is None) == (self.max_images is None):
+            raise ValueError("give either max_steps or max_images")
+        if (self.probe_every is None) == bool(self.probe_datasets):
+            raise ValueError("probe_every and probe_datasets belong together")
+        return self
 
 
 class RunView(Answer):
@@ -323,10 +343,16 @@ class ProbeRequest(Request):
     """Run whose newest checkpoint is judged when the probe starts."""
     checkpoint: str | None = Field(default=None, max_length=1000)
     """A checkpoint as `GET /v1/runs/{id}/checkpoints` names it."""
-    dataset: str = Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    dataset: ProbeSetName
     """Name of a labelled set, see `GET /v1/probe-datasets`."""
     protocol: Literal["linear", "knn"] = "linear"
     """How frozen features are judged."""
+
+    @model_validator(mode="after")
+    def _names_one_checkpoint(self) -> ProbeRequest:
+        if (self.run_id is None) == (self.checkpoint is None):
+            raise ValueError("give either run_id or checkpoint")
+        return self
 
 
 class ProbeView(Answer):
