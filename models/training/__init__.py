@@ -1,1 +1,1 @@
-"""How the `tiny` text-to-image model is made: photos, captions, autoencoder, diffusion, judgement."""
+"""How the `tiny` text-to-image model is made: photos, captions, networks, judgement."""

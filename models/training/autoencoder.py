@@ -41,7 +41,7 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def perceptual_distance(network: SmallResNet, images: Tensor, reference: Tensor) -> Tensor:
-    """LPIPS-like distance: squared difference of channel-normalised feature maps, averaged over stages."""
+    """LPIPS-like distance: squared difference of channel-normalised maps, mean over stages."""
     with torch.no_grad():
         wanted = network.features(reference)
     got = network.features(images)
@@ -64,7 +64,7 @@ def train_autoencoder(
     lr: float = 1.5e-3,
     seed: int = 0,
 ) -> AutoencoderKL:
-    """Train for a budget of minutes (or steps) with L1, perceptual and KL terms; resumes from `out`.
+    """Train for a budget of minutes (or steps) with L1, perceptual and KL terms, from `out` on.
 
     The learning rate follows a cosine over the budget. A checkpoint (weights, moments, progress) is
     written every five minutes.
@@ -74,7 +74,7 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     network = network.eval().requires_grad_(False)
     progress = _resume(model, out)
-    generator = torch.Generator().manual_seed(seed + progress["steps"])
+    generator = torch.Generator().manual_seed(seed + int(progress["steps"]))
     started = last_saved = time.monotonic()
     before_s = progress["seconds"]
     sums = np.zeros(3)
@@ -134,7 +134,7 @@ def _save(model: AutoencoderKL, out: Path, progress: dict[str, float]) -> None:
 
 @torch.inference_mode()
 def encode_all(model: AutoencoderKL, images: np.ndarray, batch_size: int = 500) -> Tensor:
-    """Posterior mean and deviation of every image and its mirror, stacked: (2 flips, 2, N, C, 8, 8)."""
+    """Posterior mean and deviation of every image and its mirror: (2 flips, 2, N, C, 8, 8)."""
     flips = []
     for flip in (False, True):
         means, deviations = [], []
@@ -149,7 +149,7 @@ def encode_all(model: AutoencoderKL, images: np.ndarray, batch_size: int = 500) 
 
 @torch.no_grad()
 def normalise_latents(model: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Fold a per-channel affine map into the model so that its latents have zero mean and unit variance.
+    """Fold an affine map per channel into the model, for latents of zero mean and unit variance.
 
     `latents` are those of `encode_all`; returns them mapped. The encoder's 1x1 `quant_conv` gives
     (mean, log variance) and the decoder's 1x1 `post_quant_conv` reads the sample, so

@@ -49,7 +49,7 @@ def _dominant(names: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def attributes(images: np.ndarray) -> np.ndarray:
-    """Attributes (N, 3) of uint8 images (N, H, W, 3): subject colour, background colour, close-up 0/1."""
+    """Subject colour, background colour, close-up 0/1 (N, 3) of uint8 images (N, H, W, 3)."""
     rgb = images.astype(np.float32) / 255.0
     count, height, width, _ = rgb.shape
     names = colour_names(rgb).reshape(count, -1)

@@ -6,6 +6,7 @@ never saw a gradient of the model it judges.
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.stem = _conv(3, width, 1)
         widths = (width, 2 * width, 4 * width, 8 * width)
-        self.downs = nn.ModuleList(_conv(a, b, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.downs = nn.ModuleList(_conv(a, b, 2) for a, b in pairwise(widths))
         self.residuals = nn.ModuleList(
             nn.Sequential(_conv(b, b, 1), _conv(b, b, 1)) for b in widths[1:]
         )
@@ -74,7 +75,7 @@ def train_classifier(
     seed: int,
     batch_size: int = 128,
 ) -> SmallResNet:
-    """Train on uint8 images (N, 32, 32, 3) with SGD, one-cycle learning rate and label smoothing."""
+    """Train on uint8 images (N, 32, 32, 3): SGD, one-cycle learning rate, label smoothing."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = SmallResNet(int(labels.max()) + 1, width)

@@ -74,7 +74,7 @@ class TextToLatents(nn.Module):
         )
 
     def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-        """v (B, C, 8, 8); `tokens` are the distinct captions (K, 24), `rows` (B,) picks one per image."""
+        """v (B, C, 8, 8); `tokens` (K, 24) are distinct captions, `rows` (B,) picks one each."""
         text = self.text_encoder(tokens).last_hidden_state[rows]
         return self.unet(noisy, timesteps, encoder_hidden_states=text).sample
 
@@ -99,7 +99,7 @@ def train_diffusion(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> TextToLatents:
-    """Train on latents (2 flips, 2, N, C, 8, 8); `captions[i]` are the equally likely texts of image i.
+    """Train on latents (2 flips, 2, N, C, 8, 8); `captions[i]` are the likely texts of image i.
 
     Returns the model with EMA weights. A budget of minutes (or steps) sets the cosine schedule;
     resumes from `out` with weights, EMA and moments, and writes there every five minutes.
@@ -176,7 +176,7 @@ def diffusion_loss(
     batch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mean squared error of v on a random batch, a tenth of the captions replaced by the empty one."""
+    """Mean squared error of v on a random batch, a tenth of the captions left empty."""
     rows = torch.randint(latents.shape[2], (batch_size,), generator=generator)
     flips = torch.randint(2, (batch_size,), generator=generator)
     mean, deviation = latents[flips, 0, rows], latents[flips, 1, rows]

@@ -1,4 +1,4 @@
-"""Labelled photos from tars of `<class index>-<number>.jpg` or `<key>.jpg` + `<key>.cls`, in memory."""
+"""Labelled photos from tars of `<class index>-<number>.jpg`, or `<key>.jpg` and `<key>.cls`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 def load_photos(tar: Path, num_classes: int, size_px: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """All images (N, size, size, 3) uint8 and labels (N,) of a tar, sorted by member name.
 
-    The label is the `<class index>-` prefix of the file name, or the integer in the `.cls` member beside it.
+    The label is the file name's `<class index>-` prefix, or the integer in the `.cls` member.
     Raises ValueError when an image has no class below `num_classes`.
     """
     images: dict[str, np.ndarray] = {}

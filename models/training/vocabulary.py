@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -30,9 +31,7 @@ def needed_merges(merges: list[tuple[str, str]], words: list[str]) -> list[tuple
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            candidates = [
-                rank.get(pair, len(merges)) for pair in zip(symbols, symbols[1:], strict=False)
-            ]
+            candidates = [rank.get(pair, len(merges)) for pair in pairwise(symbols)]
             best = min(candidates)
             if best == len(merges):
                 break

@@ -28,7 +28,7 @@ Kind = Literal["shard", "failure", "reject", "cancel"]
 
 
 class GroupRef(BaseModel):
-    """One prompt's place: its group, caption and position in its batch; `images` is 0 for a failure."""
+    """One prompt's place: its group, caption and position in its batch; a failure has 0 images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,7 +76,7 @@ class LogReader:
         return self._offset
 
     def poll(self, max_bytes: int = 16 << 20) -> list[CommitRecord]:
-        """New records, oldest first, empty if there are none; raises CommitLogError on a bad line."""
+        """New records, oldest first, or none; raises CommitLogError on a bad line."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)
@@ -139,7 +139,7 @@ class Outcomes:
                 self.images[group.batch] += group.images
 
     def code(self, batch: str, index: int) -> int:
-        """UNDECIDED, COMMITTED or FAILED; a cancelled batch's undecided prompts stay UNDECIDED here."""
+        """UNDECIDED, COMMITTED or FAILED; a cancellation leaves prompts UNDECIDED here."""
         codes = self._codes.get(batch, b"")
         return codes[index] if index < len(codes) else self.UNDECIDED
 

@@ -42,4 +42,4 @@ class ServiceError(SynthRepError):
 
 
 class ServiceUnavailableError(ServiceError):
-    """The service gave no answer, or asked to come back later more often than the client retries."""
+    """No answer, or asked to come back later more often than the client retries."""

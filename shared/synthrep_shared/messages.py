@@ -185,6 +185,12 @@ class ShardView(Answer):
     created_at: datetime
 
 
+class ShardEvent(ShardView):
+    """A shard that was just sealed, as `GET /v1/events` tells it."""
+
+    dataset: str
+
+
 class GroupView(Answer):
     """Where the images of a prompt come from; `samples` is enough to make each of them again."""
 

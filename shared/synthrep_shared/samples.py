@@ -49,7 +49,7 @@ def normalise_caption(text: str) -> str:
 
 
 def caption_id(caption: str) -> str:
-    """Fifteen hex digits that equal captions share, wherever they came from; fits a signed int64."""
+    """Fifteen hex digits that equal captions share wherever they come from; fits an int64."""
     return hashlib.sha256(normalise_caption(caption).encode()).hexdigest()[:15]
 
 
@@ -60,7 +60,7 @@ def group_id(dataset: str, batch: str, index: int, prompt: str, settings: Json) 
 
 
 def image_seed(gid: str, image_index: int, *, request_seed: int | None, index: int) -> int:
-    """The seed of image `image_index`, from the request's seed where there is one, else from gid."""
+    """The seed of an image, from the request's seed where there is one, else from gid."""
     source = gid if request_seed is None else f"{request_seed}:{index}"
     digest = hashlib.sha256(f"{source}:{image_index}".encode()).digest()
     return int.from_bytes(digest[:_SEED_BYTES], "big")

@@ -13,7 +13,7 @@ LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 class ServiceSettings(BaseSettings):
-    """Frozen settings from `<PREFIX>NAME` environment variables; an unknown prefixed name is an error.
+    """Frozen settings from `<PREFIX>NAME` variables; an unknown prefixed name is an error.
 
     `<PREFIX>NAME_FILE` names a file that holds the value, for secrets.
     """

@@ -1,4 +1,4 @@
-"""Paths under the shard root, and publishing: a file is complete and durable under its name, or absent.
+"""Paths under the shard root, and publishing: a file is whole under its name, or absent.
 
 Publishing writes aside, flushes the file to disk, hard-links it to its final name (which fails if
 the name exists: the first writer wins) and flushes the folder.
@@ -87,12 +87,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_path(folder: Path, stem: str) -> Path:
-    """A fresh name for writing aside, in `folder`, which must be on the final name's file system."""
+    """A fresh name for writing aside, in `folder`, on the file system of the final name."""
     return folder / f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.part"
 
 
 def publish_file(written: Path, final: Path) -> bool:
-    """Give the flushed file `written` its final name; False if that name exists. Removes `written`."""
+    """Give the flushed file `written` its final name and remove it; False if that name exists."""
     try:
         os.link(written, final)
     except FileExistsError:

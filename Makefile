@@ -1,0 +1,52 @@
+# One verb per target; continuous integration calls nothing else.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := shared services cli models tests benchmarks
+
+.PHONY: help install format lint types imports manifests test test-long check demo up clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
+
+$(STAMP): requirements-dev.txt constraints.txt shared/pyproject.toml services/generator/pyproject.toml services/trainer/pyproject.toml cli/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "SynthRep needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+install: $(STAMP) ## Make .venv and install everything into it
+
+format: $(STAMP) ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix --quiet $(SOURCES) || true
+	$(BIN)/ruff format $(SOURCES)
+
+lint: $(STAMP) ## Style and bug patterns
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy shared/synthrep_shared services/generator/synthrep_generator services/trainer/synthrep_trainer cli/synthrep_cli models/training
+
+imports: $(STAMP) ## Who may import whom
+	$(BIN)/lint-imports
+
+test: $(STAMP) ## The tests, small doses of the campaigns
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long"
+
+test-long: $(STAMP) ## The full counts of every campaign
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout=3000
+
+check: lint types imports test ## Everything that must hold before a change lands
+
+demo: $(STAMP) ## The whole loop on this machine, in about ten minutes
+	$(BIN)/synthrep demo
+
+up: $(STAMP) ## All services in this terminal
+	$(BIN)/synthrep up
+
+clean: ## Remove the environment and the runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,284 @@
+"""The command `synthrep`: one verb per thing that people do; speaks to the services over REST."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from synthrep_cli import prompts as prompt_files
+from synthrep_shared.client import SynthRep
+from synthrep_shared.errors import SynthRepError
+from synthrep_shared.messages import MAX_PROMPTS_PER_REQUEST, ProbeRequest, RunRequest
+
+app = typer.Typer(
+    help="Train vision encoders on images that are being generated.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+dataset_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+models_app = typer.Typer(help="Look at text-to-image models.", no_args_is_help=True)
+app.add_typer(dataset_app, name="dataset")
+app.add_typer(models_app, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+_WATCH_S = 1.0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"synthrep {metadata.version('synthrep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@contextmanager
+def _errors_in_one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except SynthRepError as error:
+        typer.secho(f"synthrep: {error}", err=True, fg="red")
+        raise typer.Exit(1) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        typer.secho(f"synthrep: {place}: {first['msg']}", err=True, fg="red")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("synthrep: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _print_json(value: Any) -> None:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where runs and reports go.")] = Path("runs/demo"),
+    captions: Annotated[int, typer.Option(min=64, max=380, help="Captions to draw.")] = 240,
+    max_images: Annotated[int, typer.Option(min=512, help="Views to train on.")] = 64_000,
+) -> None:
+    """The whole loop on this machine: captions, images, shards, training, probes, report."""
+    from synthrep_cli.demo import DemoConfig, load_captions, run_demo
+    from synthrep_generator.settings import GeneratorSettings
+
+    with _errors_in_one_sentence():
+        path = GeneratorSettings().models["tiny"].path / "captions.tsv"
+        config = DemoConfig(folder=folder, captions=captions, max_images=max_images)
+        run_demo(config, load_captions(path, captions), Console())
+
+
+@app.command()
+def up(
+    workers: Annotated[int, typer.Option(min=0, help="GPU workers.")] = 1,
+    redis: Annotated[str | None, typer.Option(help="URL of a Redis; none: embedded.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where data, runs and logs go.")] = Path("runs/up"),
+) -> None:
+    """All services in this terminal, until Ctrl-C."""
+    from synthrep_cli.stack import Stack, StackConfig
+
+    config = StackConfig(
+        folder=folder.absolute(), workers=workers, redis_url=redis,
+        generator_port=8000, trainer_port=8001,
+    )  # fmt: skip
+    with _errors_in_one_sentence(), Stack(config) as stack:
+        stack.wait_ready()
+        typer.echo(f"generator  {stack.generator_url}/docs\ntrainer    {stack.trainer_url}/docs")
+        typer.echo(f"files      {config.folder}\nCtrl-C stops everything")
+        while True:
+            stack.check()
+            time.sleep(_WATCH_S)
+
+
+@app.command()
+def submit(
+    file: Annotated[str, typer.Argument(help="txt, csv, tsv or ndjson, also .gz; - is stdin.")],
+    dataset: Annotated[str, typer.Option(help="Data set to add to.")],
+    model: Annotated[str, typer.Option(help="Alias, see `synthrep models ls`.")] = "tiny",
+    images_per_prompt: Annotated[int, typer.Option(min=1, max=64)] = 10,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, max=30)] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    as_json: Json = False,
+) -> None:
+    """Hand in captions; each becomes a group of images."""
+    with _errors_in_one_sentence(), SynthRep() as client:
+        texts = prompt_files.read(file)
+        if not texts:
+            raise SynthRepError(f"{file} holds no captions; expected one a line")
+        settings = {
+            "model": model, "images_per_prompt": images_per_prompt,
+            "guidance_scale": guidance_scale, "seed": seed,
+        }  # fmt: skip
+        given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+        accepted = [
+            client.submit(dataset, texts[i : i + MAX_PROMPTS_PER_REQUEST], **given)
+            for i in range(0, len(texts), MAX_PROMPTS_PER_REQUEST)
+        ]
+        if as_json:
+            _print_json([a.model_dump(mode="json") for a in accepted])
+            return
+        for batch in accepted:
+            typer.echo(f"{batch.id}  {batch.prompts_accepted} captions accepted")
+        typer.echo(f"follow them: synthrep watch, or synthrep status {accepted[-1].id}")
+
+
+@app.command()
+def status(
+    batch: Annotated[str | None, typer.Argument(help="Batch id; none: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Where the captions are."""
+    with _errors_in_one_sentence(), SynthRep() as client:
+        views = [client.batch(batch)] if batch else list(client.batches())
+        if as_json:
+            _print_json([v.model_dump(mode="json") for v in views])
+            return
+        _table(
+            "batches",
+            ("id", "data set", "state", "accepted", "queued", "running", "committed", "failed",
+             "images", "images/s", "ETA s"),
+            [
+                (v.id, v.dataset, v.state, v.prompts.accepted, v.prompts.queued,
+                 v.prompts.running, v.prompts.committed, v.prompts.failed, v.images_committed,
+                 _number(v.images_per_s), _number(v.eta_s))
+                for v in views
+            ],
+        )  # fmt: skip
+
+
+@app.command()
+def watch() -> None:
+    """Batches and runs, live, until Ctrl-C."""
+    from rich.live import Live
+
+    with _errors_in_one_sentence(), SynthRep() as client, Live(refresh_per_second=2) as live:
+        while True:
+            table = Table()
+            for column in ("what", "id", "data set", "state", "progress", "speed", "loss"):
+                table.add_column(column)
+            for b in client.batches():
+                done = f"{b.prompts.committed + b.prompts.failed}/{b.prompts.accepted} captions"
+                table.add_row("batch", b.id[:12], b.dataset, b.state, done,
+                              f"{_number(b.images_per_s)} images/s", "")  # fmt: skip
+            for r in client.runs():
+                table.add_row("run", r.id[:12], str(r.request.get("dataset")), r.state,
+                              f"step {r.step}/{r.max_steps}",
+                              f"{_number(r.images_per_s)} images/s", _number(r.loss))  # fmt: skip
+            live.update(table)
+            time.sleep(_WATCH_S)
+
+
+@app.command()
+def train(
+    dataset: Annotated[str, typer.Option(help="Data set to follow; may still be empty.")],
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with more fields of POST /v1/runs.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Start a training run."""
+    with _errors_in_one_sentence(), SynthRep() as client:
+        fields: dict[str, Any] = json.loads(config.read_text()) if config else {}
+        fields["dataset"] = dataset
+        if max_steps is not None:
+            fields["max_steps"] = max_steps
+        run = client.train(RunRequest.model_validate(fields))
+        if as_json:
+            _print_json(run)
+        else:
+            typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
+
+
+@app.command()
+def probe(
+    what: Annotated[str, typer.Argument(help="Run id, or a checkpoint's path.")],
+    dataset: Annotated[str, typer.Option(help="Labelled set, see GET /v1/probe-datasets.")],
+    protocol: Annotated[str, typer.Option(help="linear or knn.")] = "linear",
+    as_json: Json = False,
+) -> None:
+    """Judge frozen features on a labelled set, and wait for the result."""
+    with _errors_in_one_sentence(), SynthRep() as client:
+        key = "checkpoint" if "/" in what else "run_id"
+        request = ProbeRequest.model_validate({key: what, "dataset": dataset, "protocol": protocol})
+        view = client.start_probe(request)
+        while view.state in ("queued", "running"):
+            time.sleep(_WATCH_S)
+            view = client.probe(view.id)
+        if view.state != "completed":
+            raise SynthRepError(f"the probe failed: {view.error}")
+        if as_json:
+            _print_json(view)
+            return
+        from synthrep_cli.report import ProbeRow, probe_table
+
+        Console().print(probe_table([ProbeRow.from_view(view)]))
+
+
+@dataset_app.command("ls")
+def dataset_ls(as_json: Json = False) -> None:
+    """Data sets and their size."""
+    with _errors_in_one_sentence(), SynthRep() as client:
+        views = list(client.datasets())
+        if as_json:
+            _print_json([v.model_dump(mode="json") for v in views])
+            return
+        _table(
+            "data sets",
+            ("name", "shards", "captions", "images", "MB"),
+            [(v.name, v.shards, v.groups, v.images, round(v.bytes / 1e6, 1)) for v in views],
+        )
+
+
+@models_app.command("ls")
+def models_ls(as_json: Json = False) -> None:
+    """Text-to-image models by alias."""
+    with _errors_in_one_sentence(), SynthRep() as client:
+        items = client.request("GET", f"{client.generator_url}/v1/models")["items"]
+        if as_json:
+            _print_json(items)
+            return
+        keys = ("alias", "guidance_scale", "num_inference_steps", "store_px", "licence")
+        _table("models", keys, [tuple(item.get(k, "") for k in keys) for item in items])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def main() -> None:
+    """Entry for `python -m synthrep_cli.main`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

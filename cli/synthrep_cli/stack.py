@@ -1,0 +1,205 @@
+"""All services as child processes of this one: started in order, watched, stopped together.
+
+Each child has its own session (so that a terminal's Ctrl-C reaches only this process), dies with
+this process (parent-death signal), and logs to a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from synthrep_shared.client import SynthRep
+from synthrep_shared.errors import SynthRepError
+
+_PR_SET_PDEATHSIG = 1
+_START_LIMIT_S = 180.0
+_STOP_LIMIT_S = 30.0
+_POLL_S = 0.25
+_LAST_WORDS_BYTES = 2000
+
+
+class StackError(SynthRepError):
+    """A service did not start or died; the message carries its last words."""
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """What to start, and where it keeps its files."""
+
+    folder: Path
+    workers: int = 1
+    redis_url: str | None = None
+    generator_port: int = 0
+    trainer_port: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Path:
+        """Root of the datasets."""
+        return self.folder / "data"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Stack:
+    """The running services; `with Stack(config) as stack` stops every one on the way out."""
+
+    def __init__(self, config: StackConfig) -> None:
+        self.config = config
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._logs = config.folder / "logs"
+        self._generator_port = config.generator_port or free_port()
+        self._trainer_port = config.trainer_port or free_port()
+        self._redis_port = free_port()
+        self.generator_url = f"http://127.0.0.1:{self._generator_port}"
+        self.trainer_url = f"http://127.0.0.1:{self._trainer_port}"
+
+    def __enter__(self) -> Stack:
+        try:
+            self._start_all()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def client(self) -> SynthRep:
+        """A client of both services."""
+        return SynthRep(self.generator_url, self.trainer_url)
+
+    def check(self) -> None:
+        """Raise StackError if a child has died."""
+        for name, child in self._children.items():
+            if child.poll() is not None:
+                raise StackError(
+                    f"{name} ended with code {child.returncode}. Its last words:\n"
+                    f"{self._last_words(name)}"
+                )
+
+    def wait_ready(self) -> None:
+        """Block until both APIs and a worker are ready; raises StackError past the limit."""
+        deadline = time.monotonic() + _START_LIMIT_S
+        wanted = [f"{self.generator_url}/readyz", f"{self.trainer_url}/readyz"]
+        with httpx.Client(timeout=2) as http:
+            while wanted or not self._has_worker(http):
+                self.check()
+                if time.monotonic() > deadline:
+                    raise StackError(f"not ready after {_START_LIMIT_S:.0f} s; see {self._logs}")
+                wanted = [url for url in wanted if not _is_ok(http, url)]
+                time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Stop every child: SIGTERM in reverse order of start, SIGKILL past the limit."""
+        with _interrupts_ignored():
+            children = list(reversed(self._children.items()))
+            redis = [c for c in children if c[0] == "redis"]
+            for group in ([c for c in children if c[0] != "redis"], redis):
+                for _, child in group:
+                    _signal_group(child, signal.SIGTERM)
+                deadline = time.monotonic() + _STOP_LIMIT_S
+                for _, child in group:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(max(0.1, deadline - time.monotonic()))
+                    _signal_group(child, signal.SIGKILL)
+                    child.wait()
+            self._children.clear()
+
+    def _start_all(self) -> None:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        redis_url = self.config.redis_url
+        if redis_url is None:
+            redis_url = f"redis://127.0.0.1:{self._redis_port}/0"
+            folder = self.config.folder / "redis"
+            self._start("redis", "synthrep_cli.embedded_redis", str(self._redis_port), str(folder))
+        self._environment = {
+            **os.environ,
+            "SYNTHREP_GENERATOR_ROOT": str(self.config.data),
+            "SYNTHREP_GENERATOR_PORT": str(self._generator_port),
+            "SYNTHREP_GENERATOR_REDIS_URL": redis_url,
+            "SYNTHREP_TRAINER_ROOT": str(self.config.data),
+            "SYNTHREP_TRAINER_RUNS": str(self.config.folder / "trainer"),
+            "SYNTHREP_TRAINER_PORT": str(self._trainer_port),
+            # Idle threads of one process must not spin on the cores that another needs.
+            "OMP_WAIT_POLICY": "passive",
+            **self.config.environment,
+        }
+        self._start("generator-api", "synthrep_generator.api")
+        self._start("reconciler", "synthrep_generator.reconciler")
+        for number in range(self.config.workers):
+            self._start(f"generator-worker-{number}", "synthrep_generator.worker")
+        self._start("trainer-api", "synthrep_trainer.api")
+        self._start("launcher", "synthrep_trainer.launcher")
+
+    def _start(self, name: str, module: str, *arguments: str) -> None:
+        environment = getattr(self, "_environment", dict(os.environ))
+        with (self._logs / f"{name}.log").open("wb") as log:
+            self._children[name] = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def _has_worker(self, http: httpx.Client) -> bool:
+        try:
+            answer = http.get(f"{self.generator_url}/v1/workers")
+        except httpx.TransportError:
+            return False
+        return answer.is_success and bool(answer.json()["items"])
+
+    def _last_words(self, name: str) -> str:
+        data = (self._logs / f"{name}.log").read_bytes()
+        return data[-_LAST_WORDS_BYTES:].decode(errors="replace")
+
+
+def _is_ok(http: httpx.Client, url: str) -> bool:
+    try:
+        return http.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal the child's whole session; after SIGKILL nothing that it started is left."""
+    with contextlib.suppress(ProcessLookupError):
+        if number == signal.SIGKILL:
+            os.killpg(child.pid, number)
+        elif child.poll() is None:
+            child.send_signal(number)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A second Ctrl-C must not leave children behind; stopping is bounded in time anyway."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
