@@ -1,0 +1,103 @@
+"""The launcher: claims runs and probes by lease and spawns a process for each.
+
+    python -m synthrep_trainer.launcher
+
+Any number of launchers may share one folder: the flock of a request's `lease` says whose it is, and
+ends with its holder. A process that dies is started again, a bounded number of times in a row
+without progress, unless it said itself that trying again cannot help. SIGTERM stops the children,
+which write their checkpoints first, and leaves their requests to the next launcher.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from synthrep_shared.logs import configure_logging
+from synthrep_trainer.jobs import Job, ProbeJob, RunJob
+from synthrep_trainer.runs import ProbeFolder, RunFolder, Workplace
+from synthrep_trainer.settings import TrainerSettings
+
+_log = logging.getLogger(__name__)
+
+
+class Launcher:
+    """Works on the requests of one folder; `sweep` is one look at everything."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        self._settings = settings
+        self._place = Workplace(settings.runs)
+        self._place.make_folders()
+        self._jobs: list[Job] = []
+        self._unreadable: set[Path] = set()  # requests of another version
+
+    def sweep(self) -> None:
+        """Look after the children, then claim what is queued; never waits for a child."""
+        self._look_after()
+        room = self._settings.max_runs - sum(isinstance(job, RunJob) for job in self._jobs)
+        for run in self._place.runs():
+            if room > 0 and run.state == "queued" and self._claim(run):
+                room -= 1
+        room = self._settings.max_probes - sum(isinstance(job, ProbeJob) for job in self._jobs)
+        for probe in self._place.probes():
+            if room > 0 and probe.state == "queued" and self._claim(probe):
+                room -= 1
+
+    def close(self) -> None:
+        """Stop the children and give the leases back; takes up to the grace period."""
+        for job in self._jobs:
+            job.stop()
+        while self._jobs:
+            self._look_after()
+            time.sleep(0.02)
+
+    def _look_after(self) -> None:
+        for job in list(self._jobs):
+            if not job.look_after():
+                self._jobs.remove(job)
+
+    def _claim(self, folder: RunFolder | ProbeFolder) -> bool:
+        if folder.path in self._unreadable:
+            return False
+        job: Job
+        try:
+            if isinstance(folder, RunFolder):
+                job = RunJob(folder, self._settings, self._place)
+            else:
+                job = ProbeJob(folder, self._settings)
+        except ValidationError:
+            self._unreadable.add(folder.path)
+            _log.exception("request_unreadable", extra={"id": folder.id})
+            return False
+        if not job.claim():
+            return False
+        self._jobs.append(job)
+        return True
+
+
+def main() -> None:
+    """Sweep until SIGTERM or SIGINT."""
+    settings = TrainerSettings()
+    configure_logging("trainer", settings.log_level)
+    _log.info("launcher_started", extra={"settings": settings.model_dump(mode="json")})
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    launcher = Launcher(settings)
+    while not stop.is_set():
+        try:
+            launcher.sweep()
+        except OSError:
+            _log.exception("sweep_failed")  # a full disk, say; the next sweep tries again
+        stop.wait(settings.sweep_s)
+    launcher.close()
+    _log.info("launcher_stopped")
+
+
+if __name__ == "__main__":
+    main()

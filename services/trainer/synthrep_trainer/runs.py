@@ -1,0 +1,237 @@
+"""Runs and probes as files: what was asked for, what is wanted, how it stands, what came out.
+
+    runs/<id>/request.json      what was asked for; written once, by the API
+              wanted.json       run or stop, and how often a run was resumed; the API's
+              status.json       how far the launcher came with that; the launcher's
+              lease, train.lock flock of the launcher, of rank 0 of the train process
+              failure.json      last words of a train process that failed
+              admissions.jsonl  metrics.jsonl  quarantine/  checkpoints/  log.txt
+    probes/<id>/request.json  status.json  result.json  failure.json  lease  log.txt
+
+Each file has one writer and is replaced whole, so no reader ever waits. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from synthrep_shared.messages import ProbeRequest, RunRequest, State
+from synthrep_shared.storage import publish_bytes, sync_folder
+from synthrep_trainer.records import Failure, ProbeRecord, RunRecord, Status, Wanted
+
+_ID = re.compile(r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{12}$")
+_MAX_ERROR_CHARACTERS = 2000
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class WorkFolder:
+    """What a run's and a probe's folder have in common."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.id = path.name
+        self.log_file = path / "log.txt"
+
+    @property
+    def status(self) -> Status | None:
+        """None until a launcher claimed the request."""
+        return _read(self.path / "status.json", Status)
+
+    def write_status(self, status: Status) -> None:
+        """Replace the status; only the holder of the lease may."""
+        error = status.error and status.error[:_MAX_ERROR_CHARACTERS]
+        _write(self.path / "status.json", status.model_copy(update={"error": error}))
+
+    @property
+    def failure(self) -> Failure | None:
+        """None unless the newest process left last words."""
+        return _read(self.path / "failure.json", Failure)
+
+    def write_failure(self, failure: Failure) -> None:
+        """Leave last words."""
+        _write(self.path / "failure.json", failure)
+
+    def clear_failure(self) -> None:
+        """Forget the last words of an earlier process."""
+        (self.path / "failure.json").unlink(missing_ok=True)
+
+    @property
+    def lease(self) -> Path:
+        """The file whose lock the launcher holds that works on the request."""
+        return self.path / "lease"
+
+    def _is_waiting(self, status: Status) -> bool:
+        """Queued, or claimed by a launcher that died: the next one goes on with it."""
+        is_orphan = status.state == "running" and not is_locked(self.lease)
+        return status.state == "queued" or is_orphan
+
+
+class RunFolder(WorkFolder):
+    """A training run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    @property
+    def record(self) -> RunRecord:
+        """What was asked for; raises FileNotFoundError for a folder that is no run."""
+        return RunRecord.model_validate_json((self.path / "request.json").read_bytes())
+
+    @property
+    def num_quarantined(self) -> int:
+        """Shards that the run does not use because they are not what the log says."""
+        return sum(1 for _ in (self.path / "quarantine").glob("[0-9]*.json"))
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the user wants."""
+        return _read(self.path / "wanted.json", Wanted) or Wanted()
+
+    def write_wanted(self, wanted: Wanted) -> None:
+        """Replace what is wanted; a launcher sees it at its next sweep."""
+        _write(self.path / "wanted.json", wanted)
+
+    @property
+    def state(self) -> State:
+        """How the run stands, for its user."""
+        wanted, status = self.wanted, self.status
+        if status is None or status.attempt < wanted.attempt or self._is_waiting(status):
+            return "queued" if wanted.verb == "run" else "paused"
+        return status.state
+
+
+class ProbeFolder(WorkFolder):
+    """A probe of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.result = path / "result.json"
+
+    @property
+    def record(self) -> ProbeRecord:
+        """What was asked for; raises FileNotFoundError for a folder that is no probe."""
+        return ProbeRecord.model_validate_json((self.path / "request.json").read_bytes())
+
+    @property
+    def state(self) -> State:
+        """How the probe stands."""
+        status = self.status
+        return "queued" if status is None or self._is_waiting(status) else status.state
+
+
+W = TypeVar("W", RunFolder, ProbeFolder)
+
+
+class Workplace:
+    """The folder of all runs and probes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._runs, self._probes = root / "runs", root / "probes"
+
+    def make_folders(self) -> None:
+        """Create the folders where they are absent."""
+        self._runs.mkdir(parents=True, exist_ok=True)
+        self._probes.mkdir(parents=True, exist_ok=True)
+
+    def submit_run(self, request: RunRequest) -> RunFolder:
+        """Make a run durable; it is queued from here on."""
+        record = RunRecord(id=new_id(), request=request, created_at=datetime.now(UTC))
+        return RunFolder(_submit(self._runs, record))
+
+    def submit_probe(self, request: ProbeRequest) -> ProbeFolder:
+        """Make a probe durable; it is queued from here on."""
+        record = ProbeRecord(id=new_id(), request=request, created_at=datetime.now(UTC))
+        return ProbeFolder(_submit(self._probes, record))
+
+    def run(self, run_id: str) -> RunFolder | None:
+        """The run of that id, None if there is none."""
+        return _find(self._runs, run_id, RunFolder)
+
+    def probe(self, probe_id: str) -> ProbeFolder | None:
+        """The probe of that id, None if there is none."""
+        return _find(self._probes, probe_id, ProbeFolder)
+
+    def runs(self) -> list[RunFolder]:
+        """All runs, oldest first."""
+        return _list(self._runs, RunFolder)
+
+    def probes(self) -> list[ProbeFolder]:
+        """All probes, oldest first."""
+        return _list(self._probes, ProbeFolder)
+
+
+def new_id() -> str:
+    """An id that sorts by time and cannot be guessed."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(6)}"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a file's lock for the block, or give False if another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds a file's lock."""
+    if not path.exists():
+        return False
+    with path.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _read(path: Path, model: type[M]) -> M | None:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, record: BaseModel) -> None:
+    publish_bytes(record.model_dump_json().encode(), path, replace=True)
+
+
+def _submit(folder: Path, record: RunRecord | ProbeRecord) -> Path:
+    path = folder / record.id
+    path.mkdir(parents=True)
+    _write(path / "request.json", record)
+    sync_folder(folder)
+    return path
+
+
+def _find(folder: Path, name: str, kind: type[W]) -> W | None:
+    path = folder / name
+    return kind(path) if _ID.match(name) and (path / "request.json").exists() else None
+
+
+def _list(folder: Path, kind: type[W]) -> list[W]:
+    if not folder.is_dir():
+        return []
+    names = sorted(entry.name for entry in os.scandir(folder) if _ID.match(entry.name))
+    return [kind(folder / name) for name in names if (folder / name / "request.json").exists()]
