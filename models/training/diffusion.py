@@ -39,6 +39,7 @@ def make_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
+        steps_offset=1,  # the pipeline insists; trailing spacing does not read it
     )
 
 
