@@ -1,0 +1,135 @@
+"""The generator's REST service: takes prompts in, reports progress, hands out shards.
+
+It writes intake files, pause markers and the log lines of cancellations and rejections; all else
+it reads. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from synthrep_generator import (
+    events,
+    metrics,
+    routes_batches,
+    routes_datasets,
+    routes_groups,
+    routes_service,
+    routes_uploads,
+)
+from synthrep_generator.admission import Admission
+from synthrep_generator.backlog import Backlog, LiveWork
+from synthrep_generator.catalog import Catalog
+from synthrep_generator.context import Context
+from synthrep_generator.problems import install_problem_handlers
+from synthrep_generator.queues import WorkQueue
+from synthrep_generator.settings import GeneratorSettings
+from synthrep_generator.uploads import MAX_BYTES
+from synthrep_shared.asgi import App, Guard
+from synthrep_shared.logs import configure_logging
+from synthrep_shared.messages import BatchRequest, Problem
+
+logger = logging.getLogger(__name__)
+_VERSION = "0.1.0"
+_GRACE_S = 5
+_ROUTERS = (
+    routes_uploads.router,  # before the batches: `upload` is no batch id
+    routes_batches.router,
+    routes_datasets.router,
+    routes_groups.router,
+    events.router,
+    routes_service.router,
+    metrics.router,
+)
+
+
+def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> App:
+    """The service as an ASGI app; makes the root folder. `backlog` is Redis unless given."""
+    settings.root.mkdir(parents=True, exist_ok=True)
+    catalog = Catalog(settings.root)
+    context = Context(
+        settings=settings,
+        catalog=catalog,
+        live=LiveWork(WorkQueue(settings) if backlog is None else backlog),
+        admission=Admission(settings, catalog),
+    )
+    app = FastAPI(
+        title="SynthRep generator",
+        version=_VERSION,
+        summary="Text-to-image generation as a service: prompts in, sealed shards out",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    registry = metrics.make_registry(context)
+    app.state.context = context
+    app.state.registry = registry
+    app.state.uploads = routes_uploads.make_upload_limiter()
+    app.state.listeners = events.make_listener_limiter()
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
+    install_problem_handlers(app)
+    schema = _describe(app, has_keys=bool(settings.api_keys))
+    app.openapi = lambda: schema  # type: ignore[method-assign]
+    return Guard(
+        metrics.RequestMetrics(app, registry),
+        keys=[key.get_secret_value() for key in settings.api_keys],
+        max_body_bytes=settings.max_body_bytes,
+        large_paths={"/v1/batches/upload": MAX_BYTES},
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    catalog: Catalog = app.state.context.catalog
+    # Long logs are read while the health checks answer already.
+    threading.Thread(target=catalog.datasets, name="first-look", daemon=True).start()
+    yield
+
+
+def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
+    """The OpenAPI document, with the schemas of bodies that routes read themselves."""
+    schema = get_openapi(
+        title=app.title, version=app.version, summary=app.summary, routes=app.routes
+    )
+    _, extra = models_json_schema(
+        [(BatchRequest, "validation"), (Problem, "serialization")],
+        ref_template="#/components/schemas/{model}",
+    )
+    components = schema.setdefault("components", {})
+    components.setdefault("schemas", {}).update(extra["$defs"])
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+    return schema
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    settings = GeneratorSettings()
+    configure_logging("generator-api", settings.log_level)
+    logger.info("settings were read", extra={"settings": settings.model_dump(mode="json")})
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
+if __name__ == "__main__":
+    main()

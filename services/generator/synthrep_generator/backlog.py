@@ -1,0 +1,154 @@
+"""What the API knows of the work in hand: a snapshot of Redis that no request waits for long.
+
+Redis may be gone or stalled; progress is answered from files all the same. One thread at a time
+asks it, at most twice a second, and only while somebody wants to know.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from redis.exceptions import RedisError
+
+from synthrep_generator.errors import BacklogUnknownError
+
+logger = logging.getLogger(__name__)
+_PATIENCE_S = 0.05  # what an answer from files waits for fresh numbers
+_LONG_PATIENCE_S = 1.0  # what an answer about Redis itself waits
+_MAX_AGE_S = 5.0
+
+
+class QueueState(Protocol):
+    """Jobs that wait and jobs that a live worker holds."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+
+
+class WorkerState(Protocol):
+    """A live worker."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def images_per_s(self) -> float: ...
+
+
+class Backlog(Protocol):
+    """The queue as the API sees it; every method raises redis.RedisError without Redis."""
+
+    def queue_view(self) -> QueueState:
+        """Jobs waiting and running."""
+        ...
+
+    def running_prompts(self) -> Mapping[str, int]:
+        """Prompts in leased jobs, by batch."""
+        ...
+
+    def workers(self) -> Sequence[WorkerState]:
+        """The live workers."""
+        ...
+
+    def nudge(self) -> None:
+        """Wake the reconciler."""
+        ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The work in hand at `taken_at`, seconds of the monotonic clock."""
+
+    queue: QueueState
+    running: Mapping[str, int]
+    workers: Sequence[WorkerState]
+    taken_at: float
+
+
+class LiveWork:
+    """The latest snapshot of a backlog; safe for several threads."""
+
+    def __init__(self, backlog: Backlog, *, refresh_s: float = 0.5) -> None:
+        self._backlog = backlog
+        self._refresh_s = refresh_s
+        self._lock = threading.Lock()
+        self._refresher: threading.Thread | None = None
+        self._snapshot: Snapshot | None = None
+        self._due_at = 0.0
+        self._is_up = True
+
+    def running(self) -> Mapping[str, int]:
+        """Prompts in leased jobs by batch; empty while Redis does not answer."""
+        snapshot = self._latest(_PATIENCE_S)
+        return {} if snapshot is None else snapshot.running
+
+    def workers(self) -> Sequence[WorkerState]:
+        """The live workers; empty while Redis does not answer."""
+        snapshot = self._latest(_PATIENCE_S)
+        return () if snapshot is None else snapshot.workers
+
+    def snapshot(self) -> Snapshot:
+        """The work in hand; raises BacklogUnknownError while Redis does not answer."""
+        snapshot = self._latest(_LONG_PATIENCE_S)
+        if snapshot is None:
+            raise BacklogUnknownError("Redis does not answer; accepted work is safe meanwhile")
+        return snapshot
+
+    def nudge(self) -> None:
+        """Wake the reconciler, which looks by itself anyhow."""
+        try:
+            self._backlog.nudge()
+        except RedisError as error:
+            self._note(error)
+        else:
+            self._note(None)
+
+    def _latest(self, patience_s: float) -> Snapshot | None:
+        with self._lock:
+            if self._refresher is None and time.monotonic() >= self._due_at:
+                self._refresher = threading.Thread(target=self._refresh, daemon=True)
+                self._refresher.start()
+            refresher = self._refresher
+        if refresher is not None:
+            refresher.join(patience_s)
+        snapshot = self._snapshot
+        if snapshot is None or time.monotonic() - snapshot.taken_at > _MAX_AGE_S:
+            return None
+        return snapshot
+
+    def _note(self, error: RedisError | None) -> None:
+        """Log when Redis goes and when it comes back."""
+        was_up, self._is_up = self._is_up, error is None
+        if was_up and error is not None:
+            logger.warning("redis was lost", extra={"error": str(error)})
+        elif error is None and not was_up:
+            logger.info("redis came back")
+
+    def _refresh(self) -> None:
+        snapshot = None
+        try:
+            snapshot = Snapshot(
+                queue=self._backlog.queue_view(),
+                running=self._backlog.running_prompts(),
+                workers=self._backlog.workers(),
+                taken_at=time.monotonic(),
+            )
+        except RedisError as error:
+            self._note(error)
+        else:
+            self._note(None)
+        finally:
+            with self._lock:
+                self._snapshot = snapshot
+                self._due_at = time.monotonic() + self._refresh_s
+                self._refresher = None

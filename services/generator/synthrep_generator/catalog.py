@@ -1,0 +1,123 @@
+"""All data sets under the root: finds batches and groups by id alone, and sums them up."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from synthrep_generator.progress import DatasetIndex
+from synthrep_generator.tally import Batch
+from synthrep_shared.commit_log import CommitRecord, GroupRef
+from synthrep_shared.errors import CommitLogError
+from synthrep_shared.samples import GID_PATTERN
+from synthrep_shared.storage import DatasetPaths, list_datasets
+
+logger = logging.getLogger(__name__)
+_BATCH_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_GID = re.compile(GID_PATTERN)
+
+
+@dataclass(frozen=True)
+class FoundGroup:
+    """A group, the record that decided it, and whether it was rejected since."""
+
+    index: DatasetIndex
+    record: CommitRecord
+    ref: GroupRef
+    is_rejected: bool
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Accepted work without an outcome; the images leave paused batches out."""
+
+    prompts: int
+    images: int
+
+
+class Catalog:
+    """The data sets of one root; safe for several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._indexes: dict[str, DatasetIndex] = {}
+        self._malformed: set[str] = set()
+
+    def close(self) -> None:
+        """Free what was read."""
+        with self._lock:
+            for index in self._indexes.values():
+                index.close()
+            self._indexes.clear()
+
+    def make(self, name: str) -> DatasetIndex:
+        """The data set of this name, made if absent; raises OSError, StorageError."""
+        paths = DatasetPaths(self.root, name)
+        paths.make_folders()
+        return self._index(paths)
+
+    def dataset(self, name: str) -> DatasetIndex | None:
+        """The data set of this name, up to date; None if it was never made."""
+        paths = DatasetPaths(self.root, name)
+        if not paths.intake.is_dir() and not paths.log.is_file():
+            return None
+        index = self._index(paths)
+        index.refresh()
+        return index
+
+    def datasets(self) -> list[DatasetIndex]:
+        """All data sets by name, up to date but for one whose log is malformed."""
+        found = []
+        for name in list_datasets(self.root):
+            try:
+                index = self.dataset(name)
+            except CommitLogError:
+                index = self._index(DatasetPaths(self.root, name))
+                if name not in self._malformed:
+                    self._malformed.add(name)
+                    logger.exception("commit log cannot be read on", extra={"dataset": name})
+            if index is not None:
+                found.append(index)
+        return found
+
+    def batch(self, batch_id: str) -> tuple[DatasetIndex, Batch] | None:
+        """The batch with this id and its data set, up to date."""
+        if not _BATCH_ID.fullmatch(batch_id):
+            return None
+        for name in list_datasets(self.root):
+            index = self._index(DatasetPaths(self.root, name))
+            batch = index.batch(batch_id)
+            if batch is not None:
+                index.refresh()
+                return index, batch
+        return None
+
+    def group(self, gid: str) -> FoundGroup | None:
+        """The group with this id."""
+        if not _GID.fullmatch(gid):
+            return None
+        for index in self.datasets():
+            found = index.group(gid)
+            if found is not None:
+                return FoundGroup(index, *found)
+        return None
+
+    def unfinished(self) -> Unfinished:
+        """What all data sets have left to do."""
+        prompts = images = 0
+        for index in self.datasets():
+            totals = index.totals()
+            prompts += totals.unfinished
+            images += totals.unfinished_images
+            images -= sum(b.unfinished * b.images_per_prompt for b in index.unfinished_paused())
+        return Unfinished(prompts, images)
+
+    def _index(self, paths: DatasetPaths) -> DatasetIndex:
+        with self._lock:
+            if paths.dataset not in self._indexes:
+                self._indexes[paths.dataset] = DatasetIndex(paths)
+            return self._indexes[paths.dataset]

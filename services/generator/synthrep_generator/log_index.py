@@ -1,0 +1,102 @@
+"""Where things are in a commit log: the position of a group, of a shard, of a batch's failures.
+
+One commit log may name a million groups, so they are kept as 16 bytes and a number each in a
+table of SQLite that lives in memory, and records are read again from the file when asked for.
+Not safe for several threads while `add` runs; its owner holds a lock.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from synthrep_shared.commit_log import CommitRecord, LogReader
+
+READ_BYTES = 64 << 10
+_TABLES = """
+    CREATE TABLE groups (gid BLOB PRIMARY KEY, seq INTEGER, rejected INTEGER) WITHOUT ROWID;
+    CREATE TABLE shards (name TEXT PRIMARY KEY, seq INTEGER) WITHOUT ROWID;
+"""
+_REJECT = "UPDATE groups SET rejected = 1 WHERE gid = ? AND rejected = 0"
+
+
+@dataclass(frozen=True)
+class GroupPlace:
+    """The record that decided a group, and whether a later one took it back."""
+
+    seq: int
+    is_rejected: bool
+
+
+class LogIndex:
+    """Grows with the log; answers where a record is and reads it there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._table = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        self._table.executescript(_TABLES)
+        self._mark_seqs = array("Q", [0])
+        self._mark_offsets = array("Q", [0])
+        self._failures: dict[str, list[tuple[int, int]]] = {}
+        self.rejected_groups = 0
+
+    def close(self) -> None:
+        """Free the tables."""
+        self._table.close()
+
+    def add(self, records: Iterable[CommitRecord], *, end_seq: int, end_offset: int) -> None:
+        """Take the next records into account; the log goes on at `end_offset` after `end_seq`."""
+        with self._table:
+            self._table.execute("BEGIN")
+            for record in records:
+                self._add(record)
+        self._mark_seqs.append(end_seq)
+        self._mark_offsets.append(end_offset)
+
+    def _add(self, record: CommitRecord) -> None:
+        if record.kind in ("shard", "failure"):
+            places = ((bytes.fromhex(g.gid), record.seq) for g in record.groups)
+            self._table.executemany("INSERT OR IGNORE INTO groups VALUES (?, ?, 0)", places)
+        if record.kind == "shard":
+            shard = (record.name, record.seq)
+            self._table.execute("INSERT OR IGNORE INTO shards VALUES (?, ?)", shard)
+        elif record.kind == "failure":
+            self._add_failure(record)
+        elif record.kind == "reject":
+            gids = ((bytes.fromhex(g.gid),) for g in record.groups)
+            self.rejected_groups += self._table.executemany(_REJECT, gids).rowcount
+
+    def _add_failure(self, record: CommitRecord) -> None:
+        for batch in {group.batch for group in record.groups}:
+            count = sum(group.batch == batch for group in record.groups)
+            self._failures.setdefault(batch, []).append((record.seq, count))
+
+    def group(self, gid: str) -> GroupPlace | None:
+        """Where the group was decided; None if the log does not name it."""
+        query = "SELECT seq, rejected FROM groups WHERE gid = ?"
+        row = self._table.execute(query, (bytes.fromhex(gid),)).fetchone()
+        return None if row is None else GroupPlace(row[0], bool(row[1]))
+
+    def shard(self, name: str) -> int | None:
+        """Sequence number of the record that commits the shard; None if no record does."""
+        row = self._table.execute("SELECT seq FROM shards WHERE name = ?", (name,)).fetchone()
+        return None if row is None else int(row[0])
+
+    def failures(self, batch: str) -> list[tuple[int, int]]:
+        """(sequence number, prompts of this batch) of the failure records that name the batch."""
+        return list(self._failures.get(batch, ()))
+
+    def records(self, after: int) -> Iterator[CommitRecord]:
+        """The records with a sequence number above `after`, oldest first, up to the log's end."""
+        mark = bisect_right(self._mark_seqs, after) - 1
+        reader = LogReader(self._path, seq=self._mark_seqs[mark], offset=self._mark_offsets[mark])
+        while records := reader.poll(READ_BYTES):
+            yield from (record for record in records if record.seq > after)
+
+    def record(self, seq: int) -> CommitRecord:
+        """The record with this sequence number, which must be in the log."""
+        return next(self.records(seq - 1))

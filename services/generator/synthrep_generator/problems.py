@@ -1,0 +1,129 @@
+"""Every error as problem details, and how the API's description says so.
+
+The one place that knows which exception is which HTTP status. A detail never repeats what the
+client sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from synthrep_generator.errors import (
+    BacklogUnknownError,
+    DiskReserveError,
+    HighWaterError,
+    IdempotencyConflictError,
+    UnknownModelError,
+    UploadError,
+    UploadTooLargeError,
+)
+from synthrep_shared.asgi import ProblemResponse, validation_problem
+
+logger = logging.getLogger(__name__)
+RETRY_AFTER_S = 30
+_SOON_S = 2
+_STATUS: dict[type[Exception], tuple[int, int | None]] = {
+    UnknownModelError: (422, None),
+    UploadError: (422, None),
+    UploadTooLargeError: (413, None),
+    IdempotencyConflictError: (409, None),
+    HighWaterError: (429, RETRY_AFTER_S),
+    DiskReserveError: (507, RETRY_AFTER_S),
+    BacklogUnknownError: (503, _SOON_S),
+}
+_REASONS = {
+    401: "No accepted bearer key was sent",
+    404: "There is no such thing",
+    405: "The path does not take this method",
+    408: "The body stopped coming",
+    409: "It conflicts with what is there",
+    413: "The body is too large",
+    415: "The body is of another type than is taken",
+    416: "The range is malformed or outside the file",
+    422: "The request does not fit the schema",
+    429: "Too much work is waiting; see Retry-After",
+    503: "Redis or the disk does not answer; see Retry-After",
+    507: "The disk is nearly full; see Retry-After",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that may answer with these problems, besides 401 and 422."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": _REASONS[status],
+            "content": {ProblemResponse.media_type: {"schema": schema}},
+        }
+        for status in sorted({401, 422, *statuses})
+    }
+
+
+def not_found(what: str) -> HTTPException:
+    """404 for a thing of this kind."""
+    return HTTPException(404, f"there is no such {what}")
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Make every exception that leaves a route a problem."""
+    app.add_exception_handler(StarletteHTTPException, _http_problem)
+    app.add_exception_handler(RequestValidationError, _schema_problem)
+    app.add_exception_handler(ClientDisconnect, _gone_problem)
+    app.add_exception_handler(OSError, _storage_problem)
+    app.add_exception_handler(Exception, _unexpected_problem)
+    for kind in _STATUS:
+        app.add_exception_handler(kind, _known_problem)
+
+
+async def _http_problem(request: Request, error: Exception) -> Any:
+    assert isinstance(error, StarletteHTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["allow"] = ", ".join(_allowed_methods(request))
+    phrase = HTTPStatus(error.status_code).phrase
+    detail = "" if error.detail == phrase else str(error.detail)
+    return ProblemResponse(error.status_code, detail, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """The methods of all routes of the path; the framework itself names those of the first."""
+    routes: list[APIRoute] = request.app.state.api_routes
+    matching = (route for route in routes if route.path_regex.match(request.scope["path"]))
+    return sorted({method for route in matching for method in route.methods or ()})
+
+
+async def _schema_problem(_: Request, error: Exception) -> Any:
+    assert isinstance(error, RequestValidationError)
+    return validation_problem([dict(entry) for entry in error.errors()])
+
+
+async def _gone_problem(_: Request, __: Exception) -> Any:
+    return ProblemResponse(400, "the body ended early")
+
+
+async def _known_problem(_: Request, error: Exception) -> Any:
+    status, retry_after_s = next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+    return ProblemResponse(status, str(error), retry_after_s=retry_after_s)
+
+
+async def _storage_problem(_: Request, error: Exception) -> Any:
+    assert isinstance(error, OSError)
+    logger.error("storage failed", exc_info=error)
+    if error.errno in _FULL:
+        return ProblemResponse(507, "the disk is full", retry_after_s=RETRY_AFTER_S)
+    return ProblemResponse(503, "the storage does not answer", retry_after_s=RETRY_AFTER_S)
+
+
+async def _unexpected_problem(_: Request, __: Exception) -> Any:
+    # The framework raises it again behind this answer, and the server logs it.
+    return ProblemResponse(500, "an unexpected error, see the service's log")

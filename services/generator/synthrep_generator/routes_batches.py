@@ -1,0 +1,238 @@
+"""Routes of batches: hand prompts in, see how far they are, stop them."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Annotated, Any
+
+from fastapi import (
+    APIRouter,
+    BackgroundTasks,
+    Depends,
+    Header,
+    HTTPException,
+    Query,
+    Request,
+    Response,
+)
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from synthrep_generator.admission import Order, digest_prompts
+from synthrep_generator.context import (
+    BatchId,
+    Context,
+    ContextDep,
+    Cursor,
+    Limit,
+    number_from_cursor,
+)
+from synthrep_generator.failure_reader import failure_views
+from synthrep_generator.intake import BatchHeader
+from synthrep_generator.problems import problem_answers
+from synthrep_generator.tally import Batch
+from synthrep_shared.messages import (
+    BatchAccepted,
+    BatchRequest,
+    BatchView,
+    FailureView,
+    GenerationSettings,
+    Page,
+)
+from synthrep_shared.samples import DATASET_PATTERN
+
+router = APIRouter(prefix="/v1/batches", tags=["batches"])
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="Makes a request safe to repeat: the same key and body get the same answer",
+    ),
+]
+_JSON_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/BatchRequest"}}},
+    }
+}
+
+
+def accepted_fields(header: BatchHeader) -> dict[str, Any]:
+    """The fields of the answer 202 that follow from what was made durable."""
+    batch, dataset = f"/v1/batches/{header.id}", f"/v1/datasets/{header.dataset}"
+    links = {
+        "self": batch,
+        "failures": f"{batch}/failures",
+        "dataset": dataset,
+        "shards": f"{dataset}/shards",
+    }
+    return {
+        "id": header.id,
+        "dataset": header.dataset,
+        "prompts_accepted": header.num_prompts,
+        "links": links,
+    }
+
+
+def generation_settings(asked: GenerationSettings) -> GenerationSettings:
+    """The settings of a larger request, alone."""
+    fields = {name: getattr(asked, name) for name in GenerationSettings.model_fields}
+    return GenerationSettings(**fields)
+
+
+async def _json_body(request: Request) -> bytes:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise HTTPException(415, "send application/json")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise HTTPException(415, "send the body without a Content-Encoding")
+    return await request.body()
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=BatchAccepted,
+    summary="Hand in up to 1,000 prompts",
+    responses=problem_answers(408, 409, 413, 415, 429, 503, 507),
+    openapi_extra=_JSON_BODY,
+)
+def submit(
+    context: ContextDep,
+    request: Request,
+    response: Response,
+    tasks: BackgroundTasks,
+    body: Annotated[bytes, Depends(_json_body)],
+    idempotency_key: IdempotencyKey = None,
+) -> BatchAccepted:
+    """The prompts are durable when the answer is 202; one bad prompt refuses all of them."""
+    try:
+        asked = BatchRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError(
+            error.errors(include_url=False, include_context=False, include_input=False)
+        ) from error
+    order = Order(
+        dataset=asked.dataset,
+        settings=generation_settings(asked),
+        priority=asked.priority,
+        num_prompts=len(asked.prompts),
+        prompts_digest=digest_prompts(asked.prompts),
+        owner=context.owner(request),
+        idempotency_key=idempotency_key,
+    )
+    header = context.admission.accept(order, asked.prompts)
+    tasks.add_task(context.live.nudge)
+    answer = BatchAccepted(**accepted_fields(header))
+    response.headers["location"] = answer.links["self"]
+    return answer
+
+
+@router.get(
+    "",
+    response_model=Page[BatchView],
+    summary="Batches, the newest first",
+    responses=problem_answers(),
+)
+def list_all(
+    context: ContextDep,
+    dataset: Annotated[str | None, Query(pattern=DATASET_PATTERN)] = None,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+) -> Page[BatchView]:
+    """Of one data set or of all."""
+    indexes = context.catalog.datasets()
+    entries = [
+        (index, batch)
+        for index in indexes
+        if dataset in (None, index.name)
+        for batch in index.batches()
+    ]
+
+    def age(entry: tuple[Any, Batch]) -> tuple[float, str]:
+        return -entry[1].created_at.timestamp(), entry[1].id
+
+    if cursor is not None:
+        last = next((age(entry) for entry in entries if entry[1].id == cursor), None)
+        if last is None:
+            raise HTTPException(422, "cursor is not one that this list gave")
+        entries = [entry for entry in entries if age(entry) > last]
+    newest = heapq.nsmallest(limit + 1, entries, key=age)
+    shown = [context.batch_view(*entry) for entry in newest[:limit]]
+    return Page[BatchView](items=shown, next_cursor=shown[-1].id if len(newest) > limit else None)
+
+
+@router.get(
+    "/{batch_id}",
+    response_model=BatchView,
+    summary="How far a batch is",
+    responses=problem_answers(404),
+)
+def get(context: ContextDep, batch_id: BatchId) -> BatchView:
+    """`accepted` is the sum of the other five counts, always."""
+    return context.batch_view(*context.batch(batch_id))
+
+
+@router.get(
+    "/{batch_id}/failures",
+    response_model=Page[FailureView],
+    summary="Prompts that ended as failures",
+    responses=problem_answers(404),
+)
+def list_failures(
+    context: ContextDep, batch_id: BatchId, cursor: Cursor = None, limit: Limit = 100
+) -> Page[FailureView]:
+    """In the order in which they were recorded, each with its reason."""
+    index, batch = context.batch(batch_id)
+    skip = number_from_cursor(cursor)
+    shown = failure_views(index, batch.id, skip=skip, limit=limit)
+    has_more = skip + len(shown) < batch.failed
+    next_cursor = str(skip + len(shown)) if has_more and shown else None
+    return Page[FailureView](items=shown, next_cursor=next_cursor)
+
+
+@router.post(
+    "/{batch_id}/cancel",
+    response_model=BatchView,
+    summary="Give up what is not done yet",
+    responses=problem_answers(404, 503, 507),
+)
+def cancel(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> BatchView:
+    """Decides every undecided prompt as cancelled, for good; done images stay."""
+    index, batch = context.batch(batch_id)
+    index.cancel(batch)
+    tasks.add_task(context.live.nudge)
+    return context.batch_view(index, batch)
+
+
+@router.post(
+    "/{batch_id}/pause",
+    response_model=BatchView,
+    summary="Hold a batch back",
+    responses=problem_answers(404, 503, 507),
+)
+def pause(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> BatchView:
+    """Jobs that run already end; no new ones start until the batch is resumed."""
+    return _set_paused(context, batch_id, tasks, paused=True)
+
+
+@router.post(
+    "/{batch_id}/resume",
+    response_model=BatchView,
+    summary="Let a paused batch go on",
+    responses=problem_answers(404, 503, 507),
+)
+def resume(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> BatchView:
+    """No effect on a batch that is not paused."""
+    return _set_paused(context, batch_id, tasks, paused=False)
+
+
+def _set_paused(
+    context: Context, batch_id: str, tasks: BackgroundTasks, *, paused: bool
+) -> BatchView:
+    index, batch = context.batch(batch_id)
+    index.pause(batch, paused)
+    tasks.add_task(context.live.nudge)
+    return context.batch_view(index, batch)
