@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_rate_follows_a_cosine_after_the_warmup():
 def test_rate_peaks_where_the_warmup_ends_and_only_falls_from_there():
     rates = [warmup_cosine_lr(step, **RUN) for step in range(110)]
     assert rates[9] == rates[10] == max(rates) == pytest.approx(3.2e-3)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     assert rates[-1] > 0
 
 
