@@ -39,6 +39,7 @@ class DemoConfig:
     captions_per_batch: int = 64
     images_per_step: int = 4
     seed: int = 0
+    probe_sets: tuple[str, ...] = ()  # none named: every set that is known
 
 
 def load_captions(path: Path, count: int) -> list[str]:
@@ -83,7 +84,7 @@ def run_demo(config: DemoConfig, captions: list[str], console: Console) -> DemoR
             )
             run = _follow(client, stack, batches, run, console)
             console.print("[bold]3/4[/] linear probes on labelled sets, frozen features")
-            probes = _probe_all(client, stack, run.id, console)
+            probes = _probe_all(client, stack, run.id, config, console)
             console.print("[bold]4/4[/] writing the report")
             report = _collect(client, run, probes, time.monotonic() - started)
             write_report(report, client, DATASET, config.folder)
@@ -160,10 +161,12 @@ def _facts(views: list[BatchView], run: RunView) -> tuple[str, str]:
     return generation, training
 
 
-def _probe_all(client: SynthRep, stack: Stack, run_id: str, console: Console) -> list[ProbeRow]:
+def _probe_all(
+    client: SynthRep, stack: Stack, run_id: str, config: DemoConfig, console: Console
+) -> list[ProbeRow]:
     started = [
-        client.start_probe(ProbeRequest(run_id=run_id, dataset=probe_set["name"]))
-        for probe_set in client.probe_datasets()
+        client.start_probe(ProbeRequest(run_id=run_id, dataset=name))
+        for name in config.probe_sets or [s["name"] for s in client.probe_datasets()]
     ]
     rows = []
     for view in started:
