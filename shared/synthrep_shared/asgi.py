@@ -155,3 +155,35 @@ def _capped(receive: Receive, limit: int) -> Receive:
         return message
 
     return receive_capped
+
+
+_REASONS = {
+    400: "The body ended early",
+    401: "No accepted bearer key was sent",
+    404: "There is no such thing",
+    405: "The path does not take this method",
+    408: "The body stopped coming",
+    409: "It conflicts with what is there",
+    413: "The body is too large",
+    415: "The body is of another type than is taken",
+    416: "The range is malformed or outside the file",
+    422: "The request does not fit the schema",
+    429: "Too much work is waiting; see Retry-After",
+    503: "What the service needs does not answer; see Retry-After",
+    507: "The disk is nearly full; see Retry-After",
+}
+
+
+def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` of a route that may answer with these problems, besides 401 and 422.
+
+    The document has to define the schema `Problem` (`messages.Problem`).
+    """
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": _REASONS[status],
+            "content": {ProblemResponse.media_type: {"schema": schema}},
+        }
+        for status in sorted({401, 422, *statuses})
+    }

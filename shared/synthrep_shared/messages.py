@@ -383,6 +383,17 @@ class ProbeView(Answer):
     error: str | None = None
 
 
+class ProbeSetView(Answer):
+    """A labelled set that probes may name; `error` says what is wrong with a broken one."""
+
+    name: str
+    classes: list[str] | None
+    """Names by class index, None where the set does not tell them."""
+    splits: list[str]
+    metric: str | None
+    error: str | None = None
+
+
 T = TypeVar("T")
 
 

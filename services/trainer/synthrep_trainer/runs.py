@@ -27,9 +27,11 @@ from pydantic import BaseModel
 
 from synthrep_shared.messages import ProbeRequest, RunRequest, State
 from synthrep_shared.storage import publish_bytes, sync_folder
+from synthrep_trainer.checkpoint_folders import MANIFEST
 from synthrep_trainer.records import Failure, ProbeRecord, RunRecord, Status, Wanted
 
-_ID = re.compile(r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{12}$")
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{12}")
+_CHECKPOINT = re.compile(rf"runs/({_ID.pattern})/checkpoints/(step-[0-9]{{9}})")
 _MAX_ERROR_CHARACTERS = 2000
 
 M = TypeVar("M", bound=BaseModel)
@@ -165,6 +167,20 @@ class Workplace:
         """The probe of that id, None if there is none."""
         return _find(self._probes, probe_id, ProbeFolder)
 
+    def checkpoint(self, path: str) -> Path | None:
+        """The checkpoint that the API calls `path`, None if there is none."""
+        match = _CHECKPOINT.fullmatch(path)
+        found = self._runs / match[1] / "checkpoints" / match[2] if match else None
+        return found if found and (found / MANIFEST).exists() else None
+
+    def num_queued_runs(self) -> int:
+        """Runs that wait for a launcher."""
+        return sum(folder.state == "queued" for folder in self.runs())
+
+    def num_queued_probes(self) -> int:
+        """Probes that wait for a launcher."""
+        return sum(folder.state == "queued" for folder in self.probes())
+
     def runs(self) -> list[RunFolder]:
         """All runs, oldest first."""
         return _list(self._runs, RunFolder)
@@ -172,6 +188,11 @@ class Workplace:
     def probes(self) -> list[ProbeFolder]:
         """All probes, oldest first."""
         return _list(self._probes, ProbeFolder)
+
+
+def is_id(text: str) -> bool:
+    """Whether an id could look like this."""
+    return _ID.fullmatch(text) is not None
 
 
 def new_id() -> str:
@@ -227,11 +248,11 @@ def _submit(folder: Path, record: RunRecord | ProbeRecord) -> Path:
 
 def _find(folder: Path, name: str, kind: type[W]) -> W | None:
     path = folder / name
-    return kind(path) if _ID.match(name) and (path / "request.json").exists() else None
+    return kind(path) if is_id(name) and (path / "request.json").exists() else None
 
 
 def _list(folder: Path, kind: type[W]) -> list[W]:
     if not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in os.scandir(folder) if _ID.match(entry.name))
+    names = sorted(entry.name for entry in os.scandir(folder) if is_id(entry.name))
     return [kind(folder / name) for name in names if (folder / name / "request.json").exists()]

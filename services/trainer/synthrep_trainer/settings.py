@@ -28,7 +28,9 @@ class TrainerSettings(ServiceSettings):
     probe_data: Path | None = Field(default_factory=_shared_probe_data)
     """Folder with `probe/NAME/{train,val,test}.tar`; without it SYNTHREP_PROBE_DATA is taken."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
-    """Device of train and probe processes; `auto` takes CUDA where there is one."""
+    """Device of train processes; `auto` takes CUDA where there is one."""
+    probe_device: str = Field(default="cpu", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
+    """Device of probes; a GPU is shared with the training that goes on."""
     processes_per_run: int = Field(default=1, ge=1, le=1024)
     """Train processes of one run on this host, through torchrun; one a device."""
     threads: int = Field(default=0, ge=0, le=1024)
@@ -49,6 +51,8 @@ class TrainerSettings(ServiceSettings):
     """Runs that one launcher trains at a time."""
     max_probes: int = Field(default=1, ge=1, le=64)
     """Probes that one launcher works on at a time."""
+    max_queued: int = Field(default=1000, ge=1)
+    """Waiting runs, and waiting probes, above which new ones are refused."""
     sweep_s: float = Field(default=0.5, gt=0, le=60)
     """Pause between two looks of the launcher at requests and children."""
     max_restarts: int = Field(default=3, ge=0)

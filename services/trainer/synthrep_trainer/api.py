@@ -1,0 +1,94 @@
+"""The trainer's REST service: takes run and probe requests in, reports how they stand.
+
+It writes request files and what is wanted of them; all else it reads. A launcher does the work.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from synthrep_shared.asgi import App, Guard
+from synthrep_shared.logs import configure_logging
+from synthrep_shared.messages import ProbeRequest, Problem, RunRequest
+from synthrep_trainer import routes_probes, routes_runs, routes_service
+from synthrep_trainer.context import Context
+from synthrep_trainer.problems import install_problem_handlers
+from synthrep_trainer.runs import Workplace
+from synthrep_trainer.settings import TrainerSettings
+
+_log = logging.getLogger(__name__)
+_VERSION = "0.1.0"
+_GRACE_S = 5
+_ROUTERS = (routes_runs.router, routes_probes.router, routes_service.router)
+
+
+def create_app(settings: TrainerSettings) -> App:
+    """The service as an ASGI app; makes the folder of runs."""
+    place = Workplace(settings.runs)
+    place.make_folders()
+    context = Context(settings, place)
+    app = FastAPI(
+        title="SynthRep trainer",
+        version=_VERSION,
+        summary="Contrastive training on shards while they are being made, and linear probes",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    app.state.registry = routes_service.make_registry(context)
+    app.state.listeners = routes_runs.make_listener_limiter()
+    for router in _ROUTERS:
+        app.include_router(router)
+    install_problem_handlers(app)
+    schema = _describe(app, has_keys=bool(settings.api_keys))
+    app.openapi = lambda: schema  # type: ignore[method-assign]
+    return Guard(
+        app,
+        keys=[key.get_secret_value() for key in settings.api_keys],
+        max_body_bytes=settings.max_body_bytes,
+    )
+
+
+def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
+    """The OpenAPI document, with the schemas of bodies that routes read themselves."""
+    schema = get_openapi(
+        title=app.title, version=app.version, summary=app.summary, routes=app.routes
+    )
+    _, extra = models_json_schema(
+        [(RunRequest, "validation"), (ProbeRequest, "validation"), (Problem, "serialization")],
+        ref_template="#/components/schemas/{model}",
+    )
+    components = schema.setdefault("components", {})
+    components.setdefault("schemas", {}).update(extra["$defs"])
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+    return schema
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    settings = TrainerSettings()
+    configure_logging("trainer-api", settings.log_level)
+    _log.info("settings_read", extra={"settings": settings.model_dump(mode="json")})
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
+if __name__ == "__main__":
+    main()

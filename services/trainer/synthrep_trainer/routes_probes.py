@@ -1,0 +1,110 @@
+"""Routes of probes and of the labelled sets that they are made on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Response
+
+from synthrep_shared.asgi import problem_answers
+from synthrep_shared.messages import Page, ProbeRequest, ProbeSetView, ProbeView
+from synthrep_trainer.context import (
+    ContextDep,
+    Cursor,
+    JsonBody,
+    Limit,
+    ProbeId,
+    newest_first,
+    parse_body,
+)
+from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, probe_datasets
+from synthrep_trainer.problems import too_many
+from synthrep_trainer.views import probe_view
+
+router = APIRouter(prefix="/v1", tags=["probes"])
+_PROBE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ProbeRequest"}}},
+    }
+}
+
+
+@router.post(
+    "/probes",
+    status_code=202,
+    response_model=ProbeView,
+    summary="Judge a run's newest checkpoint, or a checkpoint",
+    responses=problem_answers(413, 415, 429, 503),
+    openapi_extra=_PROBE_BODY,
+)
+def submit(context: ContextDep, response: Response, body: JsonBody) -> ProbeView:
+    """The probe is durable when the answer is 202; training goes on meanwhile."""
+    request = parse_body(ProbeRequest, body)
+    if request.dataset not in probe_datasets(context.settings.probe_data):
+        raise HTTPException(422, "there is no such labelled set, see GET /v1/probe-datasets")
+    if request.run_id is not None and context.place.run(request.run_id) is None:
+        raise HTTPException(422, "there is no such run")
+    if request.checkpoint is not None and context.place.checkpoint(request.checkpoint) is None:
+        raise HTTPException(422, "there is no such checkpoint, see GET /v1/runs/{id}/checkpoints")
+    if context.place.num_queued_probes() >= context.settings.max_queued:
+        raise too_many("too many probes are queued")
+    view = probe_view(context.place.submit_probe(request))
+    response.headers["location"] = f"/v1/probes/{view.id}"
+    return view
+
+
+@router.get(
+    "/probes",
+    response_model=Page[ProbeView],
+    summary="Probes, the newest first",
+    responses=problem_answers(),
+)
+def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeView]:
+    """Each as `GET /v1/probes/{id}` has it."""
+    shown, next_cursor = newest_first(context.place.probes(), cursor, limit)
+    return Page[ProbeView](items=[probe_view(folder) for folder in shown], next_cursor=next_cursor)
+
+
+@router.get(
+    "/probes/{probe_id}",
+    response_model=ProbeView,
+    summary="One probe",
+    responses=problem_answers(404),
+)
+def get(context: ContextDep, probe_id: ProbeId) -> ProbeView:
+    """State, and the result once it is completed."""
+    return probe_view(context.probe(probe_id))
+
+
+@router.get(
+    "/probe-datasets",
+    response_model=Page[ProbeSetView],
+    summary="Labelled sets by name",
+    responses=problem_answers(503),
+)
+def list_sets(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeSetView]:
+    """Those that travel with the service and those of its folder of labelled sets."""
+    try:
+        sets = probe_datasets(context.settings.probe_data)
+    except ProbeDataError as error:
+        raise HTTPException(503, "the folder of labelled sets cannot be read") from error
+    names = sorted(name for name in sets if cursor is None or name > cursor)
+    items = [_set_view(sets[name]) for name in names[:limit]]
+    next_cursor = names[limit - 1] if len(names) > limit else None
+    return Page[ProbeSetView](items=items, next_cursor=next_cursor)
+
+
+def _set_view(dataset: ProbeDataset) -> ProbeSetView:
+    try:
+        classes = dataset.class_names
+        return ProbeSetView(
+            name=dataset.name,
+            classes=None if classes is None else list(classes),
+            splits=list(dataset.splits),
+            metric=dataset.metric,
+        )
+    except ProbeDataError as error:
+        return ProbeSetView(
+            name=dataset.name, classes=None, splits=[], metric=None, error=str(error)
+        )

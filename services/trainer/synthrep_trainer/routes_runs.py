@@ -1,0 +1,197 @@
+"""Routes of training runs: start one, watch it, stop it, go on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from synthrep_shared.asgi import problem_answers
+from synthrep_shared.messages import CheckpointView, Page, RunRequest, RunView
+from synthrep_trainer.checkpoint_folders import list_checkpoints
+from synthrep_trainer.context import (
+    ContextDep,
+    Cursor,
+    JsonBody,
+    Limit,
+    RunId,
+    newest_first,
+    number_from_cursor,
+    parse_body,
+)
+from synthrep_trainer.metrics import StepMetrics, read_metrics
+from synthrep_trainer.problems import too_many
+from synthrep_trainer.records import Wanted
+from synthrep_trainer.runs import RunFolder
+from synthrep_trainer.views import checkpoint_view, run_view
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+_PAUSE_S = 0.5
+_MAX_LISTENERS = 64
+_MAX_STEPS_AT_ONCE = 500
+_RUN_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RunRequest"}}},
+    }
+}
+After = Annotated[int, Query(ge=-1, lt=2**53, description="Steps after this one")]
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=RunView,
+    summary="Start a training run",
+    responses=problem_answers(413, 415, 429, 503),
+    openapi_extra=_RUN_BODY,
+)
+def submit(context: ContextDep, response: Response, body: JsonBody) -> RunView:
+    """The run is durable when the answer is 202; a launcher takes it up in its turn."""
+    request = parse_body(RunRequest, body)
+    processes = context.settings.processes_per_run
+    if request.captions_per_batch % processes:
+        raise HTTPException(422, f"captions_per_batch must be a multiple of {processes}")
+    if context.place.num_queued_runs() >= context.settings.max_queued:
+        raise too_many("too many runs are queued")
+    view = run_view(context.place.submit_run(request))
+    response.headers["location"] = f"/v1/runs/{view.id}"
+    return view
+
+
+@router.get(
+    "", response_model=Page[RunView], summary="Runs, the newest first", responses=problem_answers()
+)
+def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[RunView]:
+    """Each as `GET /v1/runs/{id}` has it."""
+    shown, next_cursor = newest_first(context.place.runs(), cursor, limit)
+    return Page[RunView](items=[run_view(folder) for folder in shown], next_cursor=next_cursor)
+
+
+@router.get("/{run_id}", response_model=RunView, summary="One run", responses=problem_answers(404))
+def get(context: ContextDep, run_id: RunId) -> RunView:
+    """State, and the numbers of its newest step."""
+    return run_view(context.run(run_id))
+
+
+@router.post(
+    "/{run_id}/stop",
+    response_model=RunView,
+    summary="Stop a run at a checkpoint",
+    responses=problem_answers(404, 409, 503),
+)
+def stop(context: ContextDep, run_id: RunId) -> RunView:
+    """It is `paused` once its checkpoint is written, and can be resumed."""
+    folder = context.run(run_id)
+    if folder.state not in ("queued", "running", "paused"):
+        raise HTTPException(409, f"the run is {folder.state}")
+    folder.write_wanted(folder.wanted.model_copy(update={"verb": "stop"}))
+    return run_view(folder)
+
+
+@router.post(
+    "/{run_id}/resume",
+    response_model=RunView,
+    summary="Go on with a run that was stopped or failed",
+    responses=problem_answers(404, 409, 503),
+)
+def resume(context: ContextDep, run_id: RunId) -> RunView:
+    """From its newest checkpoint, in the order that it would have had."""
+    folder = context.run(run_id)
+    if folder.state == "completed":
+        raise HTTPException(409, "the run is completed")
+    attempt = folder.wanted.attempt + (folder.state in ("paused", "failed", "cancelled"))
+    folder.write_wanted(Wanted(verb="run", attempt=attempt))
+    return run_view(folder)
+
+
+@router.get(
+    "/{run_id}/metrics",
+    response_model=Page[StepMetrics],
+    summary="Numbers over steps",
+    responses=problem_answers(404),
+)
+def metrics(
+    context: ContextDep, run_id: RunId, after: After = -1, cursor: Cursor = None, limit: Limit = 100
+) -> Page[StepMetrics]:
+    """In order of steps, each step once; `cursor` goes before `after`."""
+    path = context.run(run_id).metrics
+    found = read_metrics(path, after=number_from_cursor(cursor, after), limit=limit + 1)
+    items = [StepMetrics.model_validate(line) for line in found[:limit]]
+    next_cursor = str(items[-1].step) if len(found) > limit else None
+    return Page[StepMetrics](items=items, next_cursor=next_cursor)
+
+
+@router.get(
+    "/{run_id}/checkpoints",
+    response_model=Page[CheckpointView],
+    summary="Complete checkpoints of a run",
+    responses=problem_answers(404),
+)
+def checkpoints(
+    context: ContextDep, run_id: RunId, cursor: Cursor = None, limit: Limit = 100
+) -> Page[CheckpointView]:
+    """By step; `path` is what a probe takes, below the trainer's folder of runs."""
+    after = number_from_cursor(cursor, -1)
+    found = [c for c in list_checkpoints(context.run(run_id).checkpoints) if c.step > after]
+    items = [checkpoint_view(checkpoint, context.place.root) for checkpoint in found[:limit]]
+    next_cursor = str(items[-1].step) if len(found) > limit else None
+    return Page[CheckpointView](items=items, next_cursor=next_cursor)
+
+
+def make_listener_limiter() -> anyio.CapacityLimiter:
+    """How many listeners may be connected at once."""
+    return anyio.CapacityLimiter(_MAX_LISTENERS)
+
+
+async def _listener(request: Request) -> AsyncIterator[None]:
+    """Holds one of the places for listeners; raises 429 where all are taken."""
+    listeners: anyio.CapacityLimiter = request.app.state.listeners
+    try:
+        listeners.acquire_on_behalf_of_nowait(request)
+    except anyio.WouldBlock:
+        raise too_many("too many listeners are connected") from None
+    try:
+        yield
+    finally:
+        listeners.release_on_behalf_of(request)
+
+
+async def _followed_run(context: ContextDep, run_id: RunId) -> RunFolder:
+    return context.run(run_id)  # before the stream begins, so that 404 is an answer
+
+
+@router.get(
+    "/{run_id}/events",
+    response_class=EventSourceResponse,
+    summary="Numbers and state as they come",
+    responses=problem_answers(404, 429),
+    dependencies=[Depends(_listener)],
+)
+async def events(
+    folder: Annotated[RunFolder, Depends(_followed_run)],
+    after: After = -1,
+    last_event_id: Annotated[int | None, Header(ge=-1, lt=2**53)] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """`metrics` for each step, whose id is the step, `run` when the state changes; then the end."""
+    step, state = after if last_event_id is None else last_event_id, None
+    while True:
+        view = await run_sync(run_view, folder)
+        lines = await run_sync(_metrics_after, folder, step)
+        for line in lines:
+            step = line["step"]
+            yield ServerSentEvent(event="metrics", data=line, id=str(step))
+        if view.state != state and len(lines) < _MAX_STEPS_AT_ONCE:
+            state = view.state
+            yield ServerSentEvent(event="run", data=view)
+            if state not in ("queued", "running"):
+                return
+        await anyio.sleep(_PAUSE_S)
+
+
+def _metrics_after(folder: RunFolder, step: int) -> list[dict[str, Any]]:
+    return read_metrics(folder.metrics, after=step, limit=_MAX_STEPS_AT_ONCE)
