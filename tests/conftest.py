@@ -36,11 +36,10 @@ def redis_url() -> Iterator[str]:
 class GeneratorStack:
     """A data root, settings with short times and a fake model, and real generator processes."""
 
-    def __init__(self, root: Path, redis_url: str, **settings: object) -> None:
+    def __init__(self, root: Path, **settings: object) -> None:
         model = {"path": "absent", "generate_px": 16, "store_px": 16, "device_batch_images": 4}
         values: dict[str, object] = {
             "root": str(root),
-            "redis_url": redis_url,
             "queue": f"q{secrets.token_hex(6)}",
             "models": {"tiny": model},
             "synthesizer": "fake",
@@ -142,7 +141,8 @@ def generator_stack(tmp_path: Path, redis_url: str) -> Iterator[Callable[..., Ge
     stacks: list[GeneratorStack] = []
 
     def make(**settings: object) -> GeneratorStack:
-        stacks.append(GeneratorStack(tmp_path / f"stack{len(stacks)}", redis_url, **settings))
+        values = {"redis_url": redis_url} | settings
+        stacks.append(GeneratorStack(tmp_path / f"stack{len(stacks)}", **values))
         return stacks[-1]
 
     yield make
