@@ -1,0 +1,132 @@
+"""Batches hold the views that (seed, step, row) call for, whoever makes them."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import simplejpeg
+import torch
+
+from synthrep_trainer.augment import AugmentConfig, augment
+from synthrep_trainer.batches import BatchLoader, ViewPlan, decode
+from synthrep_trainer.errors import BadShardError
+from synthrep_trainer.order import SamplingPlan
+from synthrep_trainer.shard_files import Image
+from synthrep_trainer.shard_stream import ShardStream
+
+AUGMENTATION = AugmentConfig.for_image_size(16)
+
+
+def make_loader(maker, run, *, rank=0, world_size=1, views=1, threads=2, **stream):
+    plan = SamplingPlan(
+        seed=3, captions_per_batch=4, images_per_caption=2, min_fill_groups=4,
+        max_uses_per_image=100,
+    )  # fmt: skip
+    source = ShardStream(
+        maker.paths, run, plan, rank=rank, world_size=world_size, poll_s=0.01, **stream
+    )
+    view_plan = ViewPlan(3, 2, views, AUGMENTATION)
+    return BatchLoader(source, view_plan, threads=threads, prefetch=2, pin=False)
+
+
+def take(loader, count):
+    found = []
+    for _ in range(count):
+        assert loader.is_ready(10)
+        found.append(loader.take())
+    return found
+
+
+def test_views_are_those_of_the_slow_way(shard_maker, tmp_path):
+    shard_maker.commit(5)
+    with make_loader(shard_maker, tmp_path) as loader:
+        loaded = take(loader, 3)[2]
+    stream = ShardStream(shard_maker.paths, tmp_path, loader._stream._plan)
+    drawn = [stream.next_batch(lambda: False) for _ in range(3)][2]
+    views, ids = [], []
+    for group in drawn.groups:
+        stream.verify(group.shard)
+        for k, image in enumerate(stream.store.read(group.shard, group.place, group.images)):
+            pixels = np.asarray(PIL.Image.open(io.BytesIO(image.data)))
+            views.append(augment(pixels, AUGMENTATION, seed=(3, 3, group.row * 2 + k, 0)))
+            ids.append(group.caption_id)
+    assert loaded.batch.images.dtype == torch.uint8
+    # Pillow and simplejpeg may round one level apart before the jitter widens that.
+    difference = loaded.batch.images.numpy().astype(int) - np.stack(views)
+    assert np.abs(difference).mean() < 1
+    assert loaded.batch.caption_ids.tolist() == ids
+    assert loaded.cursor == drawn.cursor
+
+
+def test_views_do_not_depend_on_threads_or_ranks(shard_maker, tmp_path):
+    shard_maker.commit(5)
+    with make_loader(shard_maker, tmp_path, threads=1) as loader:
+        whole = take(loader, 3)
+    halves = []
+    for rank in range(2):
+        with make_loader(shard_maker, tmp_path, rank=rank, world_size=2, threads=3) as loader:
+            halves.append(take(loader, 3))
+    for step in range(3):
+        images = whole[step].batch.images.reshape(4, 2, 16, 16, 3)
+        for rank in range(2):
+            half = halves[rank][step].batch
+            assert torch.equal(half.images.reshape(2, 2, 16, 16, 3), images[rank::2])
+
+
+def test_simclr_pairs_two_crops_under_an_id_of_their_own(shard_maker, tmp_path):
+    shard_maker.commit(5)
+    with make_loader(shard_maker, tmp_path, views=2) as loader:
+        batch = take(loader, 1)[0].batch
+    assert batch.caption_ids.tolist() == [k // 2 for k in range(16)]
+    assert not torch.equal(batch.images[0], batch.images[1])
+
+
+def test_an_image_that_cannot_be_decoded_quarantines_its_shard(shard_maker, tmp_path):
+    shard_maker.commit(4, break_tar=lambda data: data.replace(b"\xff\xd8\xff", b"\0\0\0"))
+    with make_loader(shard_maker, tmp_path) as loader:
+        assert loader.is_ready(10)
+        with pytest.raises(BadShardError, match="cannot be decoded"):
+            loader.take()
+    assert (tmp_path / "quarantine" / "1.json").exists()
+
+
+def test_leaving_stops_a_loader_that_waits_for_images(shard_maker, tmp_path):
+    with make_loader(shard_maker, tmp_path) as loader:
+        assert not loader.is_ready(0.05)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_every_format_decodes_to_rgb(suffix):
+    pixels = np.full((9, 7, 3), (200, 30, 90), dtype=np.uint8)
+    buffer = io.BytesIO()
+    name = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix]
+    PIL.Image.fromarray(pixels).save(buffer, name, quality=95)
+    decoded = decode(Image(buffer.getvalue(), suffix))
+    assert decoded.shape == (9, 7, 3)
+    assert np.abs(decoded.astype(int) - pixels).max() < 12
+
+
+def test_grey_jpegs_decode_to_rgb():
+    data = simplejpeg.encode_jpeg(np.full((8, 8, 1), 99, np.uint8), colorspace="GRAY")
+    assert decode(Image(data, "jpg")).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_bomb_is_refused_before_it_is_decoded(suffix):
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (5000, 5000)).save(buffer, {"jpg": "JPEG", "png": "PNG"}[suffix])
+    with pytest.raises(ValueError, match="at most"):
+        decode(Image(buffer.getvalue(), suffix))
+
+
+def test_a_png_named_jpg_is_refused():
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match=r"."):
+        decode(Image(buffer.getvalue(), "jpg"))
