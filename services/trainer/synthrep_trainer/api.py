@@ -6,6 +6,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -48,8 +49,8 @@ def create_app(settings: TrainerSettings) -> App:
     for router in _ROUTERS:
         app.include_router(router)
     install_problem_handlers(app)
-    schema = _describe(app, has_keys=bool(settings.api_keys))
-    app.openapi = lambda: schema  # type: ignore[method-assign]
+    describe = functools.cache(functools.partial(_describe, app, has_keys=bool(settings.api_keys)))
+    app.openapi = describe  # type: ignore[method-assign]
     return Guard(
         app,
         keys=[key.get_secret_value() for key in settings.api_keys],
