@@ -87,16 +87,19 @@ class GeneratorStack:
         assert write_batch(paths, header, prompts)
         return header
 
-    def start(self, module: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start `synthrep_generator.<module>` with these settings; killed at the test's end."""
-        own = {
+    def environment(self) -> dict[str, str]:
+        """These settings as environment variables."""
+        return {
             _PREFIX + key.upper(): value if isinstance(value, str) else json.dumps(value)
             for key, value in self._values.items()
         }
+
+    def start(self, module: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start `synthrep_generator.<module>` with these settings; killed at the test's end."""
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"synthrep_generator.{module}"],
-                env=os.environ | own | environment,
+                env=os.environ | self.environment() | environment,
                 stderr=log,
             )
         self._processes.append(process)

@@ -1,0 +1,131 @@
+"""Shards: the tar that tarfile and webdataset read, the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from synthrep_generator.shard_writer import (
+    ShardWriter,
+    WrittenShard,
+    encode_image,
+    publish_shard,
+    tar_member,
+)
+from synthrep_shared.errors import StorageError
+
+GROUPS = {
+    f"{i:032x}": [(f"{i:032x}-{k}.jpg", bytes([i, k]) * (500 + 7 * k)) for k in range(2)]
+    for i in range(3)
+}
+
+
+def write(folder: Path, groups: dict[str, list[tuple[str, bytes]]]) -> tuple[WrittenShard, bytes]:
+    with ShardWriter(folder) as writer:
+        for gid, members in groups.items():
+            writer.add_group(gid, members)
+        written = writer.finish()
+        return written, written.path.read_bytes()
+
+
+contents = st.binary(max_size=1100)
+
+
+@given(st.lists(contents, min_size=1, max_size=5))
+def test_tarfile_reads_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, files: list[bytes]
+) -> None:
+    members = [(f"{i:032x}-0.json", content) for i, content in enumerate(files)]
+    _, data = write(tmp_path_factory.mktemp("tar"), {"g": members})
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        found = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+    assert found == members
+
+
+def test_a_header_is_the_one_that_tarfile_writes() -> None:
+    info = tarfile.TarInfo("0" * 32 + "-11.jpg")
+    info.size, info.mode, info.mtime = 1234, 0o644, 0
+    ours = tar_member(info.name, bytes(1234))
+    assert ours[:512] == info.tobuf(tarfile.USTAR_FORMAT)
+    assert len(ours) == 512 + 3 * 512
+
+
+def test_a_name_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="ustar"):
+        tar_member("x" * 100, b"")
+
+
+def test_equal_groups_give_equal_bytes_and_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    first, data = write(tmp_path, GROUPS)
+    second, again = write(tmp_path, GROUPS)
+    assert data == again
+    assert first.sha256 == second.sha256 == hashlib.sha256(data).hexdigest()
+    assert first.num_bytes == len(data)
+
+
+def test_without_leaves_out_the_named_groups_and_keeps_order(tmp_path: Path) -> None:
+    gids = list(GROUPS)
+    rest = {gid: GROUPS[gid] for gid in (gids[0], gids[2])}
+    with ShardWriter(tmp_path) as writer:
+        for gid, members in GROUPS.items():
+            writer.add_group(gid, members)
+        with writer.without({gids[1]}) as fewer:
+            assert fewer.gids == list(rest)
+            assert fewer.finish().path.read_bytes() == write(tmp_path, rest)[1]
+
+
+def test_an_abandoned_shard_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path) as writer:  # noqa: PT012
+        writer.add_group("g", GROUPS["0" * 32])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publishing_names_the_shard_by_sequence_and_content(tmp_path: Path) -> None:
+    written, data = write_kept(tmp_path)
+    name = publish_shard(written, tmp_path, 7)
+    assert name == f"00000007-{hashlib.sha256(data).hexdigest()[:12]}.tar"
+    assert (tmp_path / name).read_bytes() == data
+    assert not written.path.exists()
+
+
+def test_an_orphan_of_the_same_content_is_adopted(tmp_path: Path) -> None:
+    first, _ = write_kept(tmp_path)
+    second, data = write_kept(tmp_path)
+    name = publish_shard(first, tmp_path, 7)
+    assert publish_shard(second, tmp_path, 7) == name
+    assert (tmp_path / name).read_bytes() == data
+
+
+def test_a_damaged_orphan_is_not_adopted(tmp_path: Path) -> None:
+    first, data = write_kept(tmp_path)
+    second, _ = write_kept(tmp_path)
+    name = publish_shard(first, tmp_path, 7)
+    (tmp_path / name).write_bytes(data[:-1])
+    with pytest.raises(StorageError):
+        publish_shard(second, tmp_path, 7)
+
+
+def write_kept(folder: Path) -> tuple[WrittenShard, bytes]:
+    """A written shard that outlives its writer, as one does whose process dies."""
+    written, data = write(folder, GROUPS)
+    written.path.write_bytes(data)
+    return written, data
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
+def test_images_decode_to_what_was_encoded(image_format: str) -> None:
+    ramp = np.linspace(0, 255, 32, dtype=np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.uint8(128)), axis=2)
+    data = encode_image(pixels, image_format=image_format, quality=95)
+    assert data == encode_image(pixels, image_format=image_format, quality=95)
+    decoded = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)
+    assert np.abs(decoded - pixels).mean() < (1e-9 if image_format == "png" else 4)
