@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from synthrep_trainer import distributed
+from synthrep_trainer.encoder import ProjectionHead
 from synthrep_trainer.losses import clip_loss, multi_positive_contrastive_loss
 
 RANKS = 2
@@ -85,6 +86,22 @@ def averaged_parameter_gradient():
     return [p.grad.tolist() for p in model.parameters()]
 
 
+def projection_head(num_views):
+    """A training pass of the head, whose batch statistics have to cover all ranks."""
+    torch.manual_seed(4)
+    head = ProjectionHead(5, hidden=7, dim=3)
+    inputs, _ = data()
+    leaf = local(inputs).clone().requires_grad_()
+    weights = torch.arange(3.0 * len(CAPTION_IDS)).cos().view(-1, 3)
+    embeddings = head(leaf, num_views)
+    (embeddings * local(weights)).sum().backward()
+    return {
+        "embeddings": embeddings.tolist(),
+        "gradient": leaf.grad.tolist(),
+        "buffers": [buffer.tolist() for buffer in head.buffers()],
+    }
+
+
 def collectives():
     rank = distributed.rank()
     leaf = torch.full((1, 2), rank + 1.0, requires_grad=True)
@@ -111,6 +128,8 @@ def everything():
         "no_positive": no_positive(),
         "image_text": image_text(),
         "parameters": averaged_parameter_gradient(),
+        "one_view": projection_head(1),
+        "two_views": projection_head(2),
         "collectives": collectives(),
     }
 
@@ -194,6 +213,17 @@ def test_averaged_parameter_gradients_equal_those_of_one_process(ranks, alone):
     for result in ranks:
         for gradient, expected in zip(result["parameters"], alone["parameters"], strict=True):
             torch.testing.assert_close(torch.tensor(gradient), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("case", ["one_view", "two_views"])
+def test_batch_statistics_cover_all_ranks(ranks, alone, case):
+    """Each rank's loss is its own part of the sum, so gradients carry no factor here."""
+    for field in ("embeddings", "gradient"):
+        together = torch.tensor([row for result in ranks for row in result[case][field]])
+        torch.testing.assert_close(together, torch.tensor(alone[case][field]))
+    for result in ranks:
+        for buffer, expected in zip(result[case]["buffers"], alone[case]["buffers"], strict=True):
+            assert buffer == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_no_positive_on_any_rank_gives_zero_loss_and_gradient(ranks):

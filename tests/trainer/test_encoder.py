@@ -1,0 +1,189 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from synthrep_trainer.encoder import (
+    CrossRankBatchNorm,
+    EncoderConfig,
+    ProjectionHead,
+    make_encoder,
+    make_projection_head,
+    parameter_groups,
+    timm_arguments,
+)
+
+TINY = EncoderConfig(
+    model="vit_synthrep_tiny", image_size_px=32, projection_hidden=48, projection_dim=16
+)
+
+
+def images(count=3, size=32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def features(rows, width=20):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_features_are_the_class_token_after_the_final_norm():
+    encoder = make_encoder(TINY, seed=0).eval()
+    captured = []
+    encoder.backbone.norm.register_forward_hook(lambda *call: captured.append(call[-1]))
+    result = encoder(images())
+    assert result.shape == (3, 128)
+    assert encoder.width == 128
+    assert torch.equal(result, captured[0][:, 0])
+    assert not torch.allclose(result, captured[0].mean(1))
+
+
+def test_own_model_has_the_documented_shape():
+    backbone = make_encoder(TINY, seed=0).backbone
+    assert len(backbone.blocks) == 6
+    assert backbone.blocks[0].attn.num_heads == 4
+    assert backbone.patch_embed.num_patches == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "patches"),
+    [
+        (EncoderConfig(model="vit_tiny_patch16_224", image_size_px=32, patch_size_px=8), 192, 16),
+        (EncoderConfig(model="vit_tiny_patch16_224", image_size_px=64), 192, 16),
+        (EncoderConfig(model="deit_tiny_distilled_patch16_224", image_size_px=32), 192, 4),
+    ],
+)
+def test_timm_models_are_built_at_any_size(config, width, patches):
+    encoder = make_encoder(config, seed=0).eval()
+    assert encoder.backbone.patch_embed.num_patches == patches
+    result = encoder(images(2, config.image_size_px))
+    assert result.shape == (2, width)
+    tokens = encoder.backbone.forward_features(images(2, config.image_size_px))
+    assert torch.equal(result, tokens[:, 0])
+
+
+def test_timm_alone_loads_the_weights():
+    encoder = make_encoder(TINY, seed=0).eval()
+    name, arguments = timm_arguments(TINY)
+    backbone = timm.create_model(name, **arguments).eval()
+    backbone.load_state_dict(encoder.backbone.state_dict())
+    assert torch.equal(backbone(images()), encoder(images()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EncoderConfig(model="resnet18", image_size_px=32), "ViT of timm"),
+        (EncoderConfig(model="no_such_model", image_size_px=32), "ViT of timm"),
+        (EncoderConfig(model="vit_medium_patch16_gap_240", image_size_px=32), "class token"),
+        (EncoderConfig(model="vit_synthrep_tiny", image_size_px=30), "multiple of the patch"),
+        (EncoderConfig(model="vit_synthrep_tiny", image_size_px=0), "multiple of the patch"),
+    ],
+)
+def test_models_that_cannot_serve_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_encoder(config, seed=0)
+
+
+def test_seed_alone_decides_the_weights():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = make_encoder(TINY, seed=3).state_dict()
+    head = make_projection_head(TINY, 128, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    second = make_encoder(TINY, seed=3).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other_head = make_projection_head(TINY, 128, seed=3).state_dict()
+    assert all(torch.equal(head[name], other_head[name]) for name in head)
+    third = make_encoder(TINY, seed=4).state_dict()
+    weight = "backbone.blocks.0.attn.qkv.weight"
+    assert not torch.equal(first[weight], third[weight])
+
+
+def test_config_survives_json():
+    for config in (TINY, EncoderConfig("vit_base_patch16_224", 224, 14, 0.1, 4096, 256)):
+        assert EncoderConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("text", ['{"model": "x"}', '{"model": "x", "nope": 1}', "[]", "7", "{"])
+def test_json_of_something_else_is_refused(text):
+    with pytest.raises(ValueError, match="EncoderConfig|Expecting"):
+        EncoderConfig.from_json(text)
+
+
+def test_head_has_the_published_layers():
+    head = ProjectionHead(20, hidden=32, dim=8)
+    published = nn.Sequential(
+        nn.Linear(20, 32),
+        nn.BatchNorm1d(32),
+        nn.ReLU(),
+        nn.Linear(32, 32),
+        nn.BatchNorm1d(32),
+        nn.ReLU(),
+        nn.Linear(32, 8),
+    )
+    for layer, position in zip(head.linears, (0, 3, 6), strict=True):
+        published[position].load_state_dict(layer.state_dict())
+    rows = features(12)
+    torch.testing.assert_close(head(rows), published(rows))
+    torch.testing.assert_close(head.eval()(rows), published.eval()(rows))
+
+
+def test_head_by_views_equals_one_pass_per_view():
+    """Rows of a caption are adjacent, so view k of 3 is every third row from k."""
+    head = ProjectionHead(20, hidden=32, dim=8)
+    view_by_view = copy.deepcopy(head)
+    rows = features(12)
+    result = head(rows, num_views=3)
+    for view in range(3):
+        torch.testing.assert_close(result[view::3], view_by_view(rows[view::3]))
+    assert not torch.allclose(result, copy.deepcopy(head)(rows))
+    for ours, theirs in zip(head.buffers(), view_by_view.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_head_in_evaluation_treats_rows_alone():
+    head = ProjectionHead(20, hidden=32, dim=8)
+    head(features(12), num_views=3)
+    head.eval()
+    torch.testing.assert_close(head(features(6), num_views=3)[:1], head(features(6)[:1]))
+
+
+def test_views_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match="10 rows do not divide into 3 views"):
+        ProjectionHead(20, hidden=32, dim=8)(features(10), num_views=3)
+
+
+def test_state_dict_of_the_norm_is_that_of_batch_norm():
+    plain = nn.BatchNorm1d(8)
+    CrossRankBatchNorm(8).load_state_dict(plain.state_dict())
+
+
+def test_only_weights_of_two_dimensions_and_more_decay():
+    encoder = make_encoder(TINY, seed=0)
+    head = make_projection_head(TINY, encoder.width, seed=0)
+    encoder.backbone.patch_embed.proj.weight.requires_grad_(False)
+    decaying, plain = parameter_groups(encoder, head, weight_decay=0.1)
+    assert decaying["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    names = {
+        id(p): name for m in (encoder, head) for name, p in m.named_parameters() if p.requires_grad
+    }
+    decaying_names = {names.pop(id(p)) for p in decaying["params"]}
+    plain_names = {names.pop(id(p)) for p in plain["params"]}
+    assert not names
+    assert {"backbone.pos_embed", "backbone.cls_token", "linears.2.weight"} <= decaying_names
+    assert not any(name.endswith("bias") for name in decaying_names)
+    assert all(name.endswith("bias") or "norm" in name for name in plain_names)
+
+
+def test_a_step_reaches_every_parameter():
+    encoder = make_encoder(TINY, seed=0)
+    head = make_projection_head(TINY, encoder.width, seed=0)
+    head(encoder(images(4)), num_views=2).square().sum().backward()
+    for module in (encoder, head):
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
