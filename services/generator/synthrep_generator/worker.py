@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from redis import RedisError
-from rq.exceptions import DequeueTimeout
+from rq.exceptions import DequeueTimeout, InvalidJobOperation
 from rq.job import JobStatus
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
@@ -165,7 +165,8 @@ class ChunkWorker(Worker):
             self.prepare_job_execution(job, remove_from_intermediate_queue=True)
         yield execution
         if execution is not None:
-            with contextlib.suppress(RedisError):
+            # After a loss of Redis' data RQ does not know the job any more.
+            with contextlib.suppress(RedisError, InvalidJobOperation):
                 job._status = JobStatus.FINISHED
                 self._finalize_success(job, queue, execution, None)
 
@@ -274,7 +275,7 @@ def main() -> int:
     """Serve until SIGTERM or SIGINT."""
     settings = GeneratorSettings()
     configure_logging("generator-worker", settings.log_level)
-    logging.getLogger("rq").setLevel(logging.WARNING)
+    logging.getLogger("rq.worker").setLevel(logging.WARNING)
     worker = ChunkWorker(settings, WorkQueue(settings), Supervisor(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.ask_to_stop)
