@@ -167,7 +167,7 @@ def make_synthesizer(settings: GeneratorSettings, model: ModelConfig) -> Synthes
         raise ModelFilesMissingError(f"no model folder {model.path}; pull the model first")
     from synthrep_generator.diffusion import load_synthesizer
 
-    return load_synthesizer(model, device=settings.device)
+    return load_synthesizer(model, device=settings.device, threads=settings.threads)
 
 
 def warm_up(synthesizer: Synthesizer, model: ModelConfig) -> None:

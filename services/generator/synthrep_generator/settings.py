@@ -70,6 +70,8 @@ class GeneratorSettings(ServiceSettings):
     """Aliases that clients may name, as JSON."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     """Device of a worker; `auto` takes CUDA where there is one."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """CPU threads of a worker's device process; 0 leaves the choice to torch."""
     job_images: int = Field(default=160, ge=1, le=100_000)
     """Images that one job aims at: 5-30 s of device work, one shard."""
     jobs_ahead: int = Field(default=3, ge=1, le=1000)

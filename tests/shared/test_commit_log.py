@@ -1,0 +1,135 @@
+import json
+import threading
+
+import pytest
+
+from synthrep_shared.commit_log import CommitLog, GroupRef, LogReader, Outcomes, read_log
+from synthrep_shared.errors import AlreadyDecidedError, CommitLogError
+
+
+def ref(index: int, batch: str = "b", images: int = 2) -> GroupRef:
+    return GroupRef(gid=f"{index:032x}", caption_id="0", batch=batch, index=index, images=images)
+
+
+@pytest.fixture
+def log(tmp_path):
+    return CommitLog(tmp_path / "log" / "commits.jsonl")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "log" / "commits.jsonl"
+
+
+def shard(log: CommitLog, *refs: GroupRef):
+    return log.append("shard", name=lambda seq: f"{seq}.tar", groups=refs)
+
+
+def test_sequence_starts_at_one_and_has_no_holes(log, path):
+    for i in range(5):
+        shard(log, ref(i))
+    assert [r.seq for r in read_log(path)] == [1, 2, 3, 4, 5]
+    assert [r.seq for r in read_log(path, after=3)] == [4, 5]
+
+
+def test_group_is_committed_only_once_and_nothing_is_published(log, path):
+    shard(log, ref(0), ref(1))
+    published = []
+    with pytest.raises(AlreadyDecidedError) as caught:
+        log.append("shard", name=lambda seq: published.append(seq) or "x", groups=(ref(1), ref(2)))
+    assert caught.value.gids == {ref(1).gid}
+    assert published == []
+    assert len(list(read_log(path))) == 1
+
+
+def test_another_process_sees_the_commit(log, path):
+    other = CommitLog(path)
+    other.refresh()
+    shard(log, ref(0))
+    with pytest.raises(AlreadyDecidedError):
+        shard(other, ref(0))
+
+
+def test_cancelled_batch_accepts_no_more_groups(log):
+    shard(log, ref(0))
+    log.append("cancel", name=lambda seq: "b")
+    with pytest.raises(AlreadyDecidedError):
+        shard(log, ref(1))
+    assert log.outcomes.committed("b") == 1
+
+
+def test_torn_last_line_is_no_line_and_the_next_writer_cuts_it(log, path):
+    shard(log, ref(0))
+    whole = path.read_bytes()
+    with path.open("ab") as stream:
+        stream.write(b'{"version":1,"seq":2,"ki')
+    reader = LogReader(path)
+    assert [r.seq for r in reader.poll()] == [1]
+    assert reader.poll() == []
+    assert shard(CommitLog(path), ref(1)).seq == 2
+    assert path.read_bytes().startswith(whole)
+    assert [r.seq for r in reader.poll()] == [2]
+
+
+def test_hole_in_the_sequence_is_an_error(log, path):
+    shard(log, ref(0))
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"seq": 3}) + "\n")
+    with pytest.raises(CommitLogError, match="expected seq 2"):
+        list(read_log(path))
+
+
+def test_line_written_twice_is_an_error(log, path):
+    shard(log, ref(0))
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(CommitLogError, match="expected seq 2, got 1"):
+        list(read_log(path))
+
+
+def test_unknown_version_is_refused(log, path):
+    shard(log, ref(0))
+    path.write_text(path.read_text().replace('"version":1', '"version":2'))
+    with pytest.raises(CommitLogError, match="version 2"):
+        list(read_log(path))
+
+
+def test_failed_publication_leaves_no_line(log, path):
+    shard(log, ref(0))
+
+    def full_disk(seq: int) -> str:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        log.append("shard", name=full_disk, groups=(ref(1),))
+    assert [r.seq for r in read_log(path)] == [1]
+    assert shard(log, ref(1)).seq == 2
+
+
+def test_concurrent_writers_lose_nothing(path):
+    def write(worker: int) -> None:
+        own = CommitLog(path)
+        for i in range(20):
+            shard(own, ref(worker * 100 + i))
+
+    threads = [threading.Thread(target=write, args=(w,)) for w in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    records = list(read_log(path))
+    assert [r.seq for r in records] == list(range(1, 81))
+    assert len({g.gid for r in records for g in r.groups}) == 80
+
+
+def test_outcomes_count_by_batch():
+    outcomes = Outcomes()
+    assert not outcomes.is_decided("b", 7)
+    assert outcomes.committed("b") == outcomes.failed("b") == 0
+
+
+def test_reader_takes_lines_longer_than_its_buffer(log, path):
+    shard(log, *(ref(i) for i in range(50)))
+    shard(log, ref(50))
+    reader = LogReader(path)
+    seen = [r.seq for _ in range(3) for r in reader.poll(max_bytes=100)]
+    assert seen == [1, 2]
