@@ -113,6 +113,7 @@ class Supervisor:
         self._settings, self._clock = settings, clock
         self._process: _Process | None = None
         self._was_ready = False
+        self._started_at, self._has_answered = 0.0, False
         self._failed_starts = 0
         self._pauses: deque[float] = deque(maxlen=512)
         self.device = ""
@@ -122,8 +123,11 @@ class Supervisor:
         """Whether several processes in a row died before they could make an image."""
         return self._failed_starts >= _MAX_FAILED_STARTS
 
-    def tend(self) -> None:
-        """Between runs: start a process if there is none, and have it load the first model."""
+    def tend(self) -> bool:
+        """Between runs: start a process if there is none, and have it load the first model.
+
+        Returns whether the process has said that it is ready, or why it is not.
+        """
         try:
             if self._process is None and not self.is_broken:
                 self._start().channel.send(LoadModel(alias=next(iter(self._settings.models))))
@@ -131,6 +135,9 @@ class Supervisor:
                 self._note(message)
         except (EOFError, OSError):
             self._bury()
+        if not self._has_answered and self._clock() - self._started_at > self._settings.job_limit_s:
+            self._bury()
+        return self._has_answered
 
     def run(self, chunk: Chunk, attend: Callable[[], Wish | None]) -> Outcome:
         """Run a chunk and wait for its end; `attend` is called several times a second."""
@@ -157,10 +164,11 @@ class Supervisor:
         """End the process at once."""
         if self._process is not None:
             self._process.end()
-            self._process = None
+            self._process, self._has_answered = None, False
 
     def _start(self) -> _Process:
-        self._was_ready = False
+        self._was_ready = self._has_answered = False
+        self._started_at = self._clock()
         self._process = _Process()
         return self._process
 
@@ -169,12 +177,13 @@ class Supervisor:
         if self._process is None:
             return 0
         status = self._process.end()
-        self._process = None
+        self._process, self._has_answered = None, False
         self._failed_starts = 0 if self._was_ready else self._failed_starts + 1
         logger.warning("device process ended", extra={"status": status})
         return status
 
     def _note(self, message: Message) -> None:
+        self._has_answered = True
         if isinstance(message, Ready):
             self._was_ready, self.device = True, message.device
         elif isinstance(message, Raised):

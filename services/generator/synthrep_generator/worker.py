@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 EXIT_BROKEN = 70  # the device process cannot start: a fresh machine or container may help
 _DEQUEUE_S = 1
 _WAIT_S = 0.5
+_START_WAIT_S = 0.05
 _MAX_BACKOFF_S = 30.0
 _MAX_LOST_RUNS = 2  # of a chunk of several prompts, before each of them runs alone
 _SECOND_SIGNAL_S = 1.0  # a terminal and a supervisor may both pass on the same wish
@@ -117,13 +118,13 @@ class ChunkWorker(Worker):
             os._exit(128 + number)
 
     def _serve_next(self) -> None:
-        self._supervisor.tend()
+        is_ready = self._supervisor.tend()
         must_wait = time.monotonic() < self._rest_until or self._is_disk_full()
-        state = "waiting" if must_wait else "idle" if self._supervisor.device else "starting"
+        state = "waiting" if must_wait else "idle" if is_ready else "starting"
         if state != self._reported or self._is_time_to_report():
             self._report(state)
-        if must_wait:
-            self._pause(_WAIT_S)
+        if state != "idle":
+            self._pause(_WAIT_S if must_wait else _START_WAIT_S)
             return
         if self.should_run_maintenance_tasks:
             self.clean_registries()
@@ -208,7 +209,10 @@ class ChunkWorker(Worker):
         elif isinstance(outcome, Finished) and not outcome.stopped:
             self._backoff_s = 0.0
             self._images_per_s = outcome.images / seconds or self._images_per_s
-            logger.info("chunk done", extra=facts | outcome.model_dump(exclude={"kind"}))
+            logger.info(
+                "chunk done",
+                extra=facts | outcome.model_dump(exclude={"kind", "chunk_id", "stopped"}),
+            )
             lease.acknowledge()
         else:
             logger.info("chunk given back", extra=facts | {"outcome": repr(outcome)})
