@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache, partial
 from typing import Any
 
 import uvicorn
@@ -80,8 +81,8 @@ def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> A
         app.include_router(router)
     app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
     install_problem_handlers(app)
-    schema = _describe(app, has_keys=bool(settings.api_keys))
-    app.openapi = lambda: schema  # type: ignore[method-assign]
+    has_keys = bool(settings.api_keys)
+    app.openapi = cache(partial(_describe, app, has_keys=has_keys))  # type: ignore[method-assign]
     return Guard(
         metrics.RequestMetrics(app, registry),
         keys=[key.get_secret_value() for key in settings.api_keys],

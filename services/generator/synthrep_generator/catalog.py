@@ -47,13 +47,6 @@ class Catalog:
         self._indexes: dict[str, DatasetIndex] = {}
         self._malformed: set[str] = set()
 
-    def close(self) -> None:
-        """Free what was read."""
-        with self._lock:
-            for index in self._indexes.values():
-                index.close()
-            self._indexes.clear()
-
     def make(self, name: str) -> DatasetIndex:
         """The data set of this name, made if absent; raises OSError, StorageError."""
         paths = DatasetPaths(self.root, name)

@@ -8,6 +8,7 @@ Not safe for several threads while `add` runs; its owner holds a lock.
 from __future__ import annotations
 
 import sqlite3
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -38,15 +39,12 @@ class LogIndex:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._table = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        weakref.finalize(self, self._table.close)
         self._table.executescript(_TABLES)
         self._mark_seqs = array("Q", [0])
         self._mark_offsets = array("Q", [0])
         self._failures: dict[str, list[tuple[int, int]]] = {}
         self.rejected_groups = 0
-
-    def close(self) -> None:
-        """Free the tables."""
-        self._table.close()
 
     def add(self, records: Iterable[CommitRecord], *, end_seq: int, end_offset: int) -> None:
         """Take the next records into account; the log goes on at `end_offset` after `end_seq`."""

@@ -87,7 +87,7 @@ def install_problem_handlers(app: FastAPI) -> None:
 
 async def _http_problem(request: Request, error: Exception) -> Any:
     assert isinstance(error, StarletteHTTPException)
-    headers = dict(error.headers or {})
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["allow"] = ", ".join(_allowed_methods(request))
     phrase = HTTPStatus(error.status_code).phrase

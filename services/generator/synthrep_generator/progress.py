@@ -82,10 +82,6 @@ class DatasetIndex:
         """Grows whenever a batch changes, see `changed_since`."""
         return self._tally.tick
 
-    def close(self) -> None:
-        """Free the tables."""
-        self._index.close()
-
     def refresh(self) -> None:
         """Take in what the log and the intake folder gained; raises CommitLogError."""
         with self._lock:

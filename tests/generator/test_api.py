@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+from synthrep_generator.api import create_app
+from synthrep_generator.intake import IntakeReader
+from synthrep_generator.queues import WorkerView
+from synthrep_generator.settings import GeneratorSettings
+from synthrep_shared.storage import DatasetPaths
+
+REQUEST = {"dataset": "pets", "prompts": ["a red  dog", "a cat"], "images_per_prompt": 2}
+
+
+def submit(client, headers=None, **changes):
+    return client.post("/v1/batches", json={**REQUEST, **changes}, headers=headers)
+
+
+def walk(client, path, **params):
+    """All items of a list, page by page."""
+    items, cursor = [], None
+    while True:
+        page = client.get(path, params=params | ({"cursor": cursor} if cursor else {})).json()
+        items += page["items"]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            return items
+
+
+def test_api_does_not_import_torch():
+    code = "import sys, synthrep_generator.api; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_accepted_batch_is_durable_with_the_defaults_of_its_model(client, root, backlog):
+    answer = submit(client, seed=7, priority=2)
+    assert answer.status_code == 202
+    body = answer.json()
+    assert body["prompts_accepted"] == 2
+    assert answer.headers["location"] == body["links"]["self"]
+    reader = IntakeReader(DatasetPaths(root, "pets"), body["id"])
+    assert reader.prompts(0, 9) == ["a red dog", "a cat"]
+    header = reader.header
+    assert (header.num_prompts, header.priority, header.settings.seed) == (2, 2, 7)
+    tiny = GeneratorSettings().models["tiny"]
+    for name in ("guidance_scale", "num_inference_steps", "scheduler"):
+        assert getattr(header.settings, name) == getattr(tiny, name)
+    assert backlog.nudges == 1
+    batch = client.get(body["links"]["self"]).json()
+    assert (batch["state"], batch["prompts"]["queued"]) == ("queued", 2)
+    assert client.get(body["links"]["shards"]).status_code == 200
+
+
+def test_ids_are_random_without_a_key_and_the_same_with_one(client):
+    assert submit(client).json()["id"] != submit(client).json()["id"]
+    key = {"idempotency-key": "k1"}
+    first = submit(client, key)
+    assert submit(client, key).json() == first.json()
+    assert submit(client, {"idempotency-key": "k2"}).json()["id"] != first.json()["id"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompts": ["a"]}, {"seed": 1}, {"priority": 1}, {"guidance_scale": 3.0}]
+)
+def test_key_with_another_body_is_a_conflict(client, change):
+    key = {"idempotency-key": "k1"}
+    submit(client, key)
+    assert submit(client, key, **change).status_code == 409
+
+
+def test_replay_is_answered_above_the_high_water_mark(root, backlog):
+    settings = GeneratorSettings(root=root, high_water_prompts=3, reserve_bytes=0)
+    with TestClient(create_app(settings, backlog)) as client:
+        key = {"idempotency-key": "k1"}
+        first = submit(client, key)
+        refused = submit(client)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+        assert submit(client, key).json() == first.json()
+        assert len(list((root / "pets" / "intake").iterdir())) == 1
+        client.post(f"/v1/batches/{first.json()['id']}/cancel")
+        assert submit(client).status_code == 202
+
+
+def test_full_disk_refuses_before_anything_is_visible(root, backlog):
+    settings = GeneratorSettings(root=root, reserve_bytes=1 << 62)
+    with TestClient(create_app(settings, backlog)) as client:
+        refused = submit(client)
+        assert refused.status_code == 507
+        assert "retry-after" in refused.headers
+        assert list(root.iterdir()) == []
+
+
+def test_without_redis_files_answer_and_work_is_taken_in(client, backlog):
+    backlog.is_up = False
+    batch = submit(client)
+    assert batch.status_code == 202
+    links = batch.json()["links"]
+    for path in (*links.values(), "/v1/batches", "/v1/datasets", "/v1/models", "/v1/scale"):
+        assert client.get(path).status_code == 200, path
+    for verb in ("pause", "resume", "cancel"):
+        assert client.post(f"{links['self']}/{verb}").status_code == 200
+    for path in ("/readyz", "/v1/queue", "/v1/workers"):
+        answer = client.get(path)
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+    assert client.get("/healthz").status_code == 200
+    metrics = client.get("/metrics")
+    assert "synthrep_generator_redis_up 0.0" in metrics.text
+
+
+def test_life_of_a_batch_is_told_from_its_files(client, pets, backlog):
+    header = pets.accept(["a", "b", "c", "d"])
+    url = f"/v1/batches/{header.id}"
+    pets.commit(header, {0: "a"})
+    pets.fail(header, {1: "b"}, "too dark")
+    backlog.prompts = {header.id: 1}
+    batch = client.get(url).json()
+    assert batch["state"] == "running"
+    assert batch["prompts"] == {
+        "accepted": 4, "queued": 1, "running": 1, "committed": 1, "failed": 1, "cancelled": 0,
+    }  # fmt: skip
+    assert batch["images_committed"] == 2
+    failures = client.get(f"{url}/failures").json()["items"]
+    assert failures == [{"index": 1, "prompt": "b", "reason": "too dark", "attempts": 4}]
+    assert client.post(f"{url}/pause").json()["state"] == "paused"
+    assert client.post(f"{url}/pause").json()["state"] == "paused"
+    assert client.post(f"{url}/resume").json()["state"] == "running"
+    assert client.post(f"{url}/cancel").json()["state"] == "cancelled"
+    assert client.post(f"{url}/cancel").json()["prompts"]["cancelled"] == 2
+    assert client.get("/v1/datasets/pets").json()["last_seq"] == 3
+
+
+def test_lists_page_through_everything_once(client, pets):
+    ids = [submit(client).json()["id"] for _ in range(7)]
+    other = submit(client, dataset="cars").json()["id"]
+    assert [b["id"] for b in walk(client, "/v1/batches", limit=3)] == [other, *reversed(ids)]
+    assert [b["id"] for b in walk(client, "/v1/batches", dataset="cars", limit=3)] == [other]
+    assert [d["name"] for d in walk(client, "/v1/datasets", limit=1)] == ["cars", "pets"]
+    header = pets.accept([f"p{i}" for i in range(9)])
+    for i in range(8):
+        pets.commit(header, {i: f"p{i}"})
+    pets.fail(header, {8: "p8"})
+    shards = walk(client, "/v1/datasets/pets/shards", limit=3)
+    assert [s["seq"] for s in shards] == list(range(1, 9))
+    after = client.get("/v1/datasets/pets/shards", params={"after": 6}).json()
+    assert [s["seq"] for s in after["items"]] == [7, 8]
+    assert after["next_cursor"] is None
+    assert len(walk(client, f"/v1/batches/{header.id}/failures", limit=1)) == 1
+    assert [m["alias"] for m in walk(client, "/v1/models", limit=1)] == ["tiny"]
+
+
+def test_shard_is_served_whole_and_in_ranges(client, pets):
+    header = pets.accept(["a"])
+    record = pets.commit(header, {0: "a"})
+    data = (pets.paths.shards / record.name).read_bytes()
+    url = f"/v1/datasets/pets/shards/{record.name}"
+    whole = client.get(url)
+    assert whole.content == data
+    assert whole.headers["etag"] == f'"{record.sha256}"'
+    assert whole.headers["content-type"] == "application/x-tar"
+    part = client.get(url, headers={"range": "bytes=512-1023"})
+    assert (part.status_code, part.content) == (206, data[512:1024])
+    assert part.headers["content-range"] == f"bytes 512-1023/{len(data)}"
+    assert client.get(url, headers={"range": "bytes=-10"}).content == data[-10:]
+    head = client.head(url)
+    assert (head.status_code, head.headers["content-length"]) == (200, str(len(data)))
+
+
+def test_bad_range_is_a_problem(client, pets):
+    record = pets.commit(pets.accept(["a"]), {0: "a"})
+    url = f"/v1/datasets/pets/shards/{record.name}"
+    ranges = ["bytes=999999999-", "bytes=5-1", "lines=1-2", "bytes", "bytes=", "bytes=--5"]
+    for value in [*ranges, "x" * 999, "bytes=" + "9" * 5000 + "-"]:
+        answer = client.get(url, headers={"range": value})
+        assert answer.status_code == 416, value
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["content-range"].startswith("bytes */")
+
+
+def test_only_shards_that_the_log_names_are_served(client, pets):
+    pets.commit(pets.accept(["a"]), {0: "a"})
+    (pets.paths.shards / "00000002-abcabcabcabc.tar").write_bytes(b"not committed")
+    names = ["00000002-abcabcabcabc.tar", "..%2f..%2fpets%2flog%2fcommits.jsonl", "commits.jsonl"]
+    for name in names:
+        answer = client.get(f"/v1/datasets/pets/shards/{name}")
+        assert answer.status_code == 404
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_group_tells_where_its_images_come_from(client, pets):
+    header = pets.accept(["a", "b", "c"])
+    record = pets.commit(header, {0: "a", 1: "b"})
+    pets.fail(header, {2: "c"}, "too dark")
+    gid = header.gid(1, "b")
+    group = client.get(f"/v1/groups/{gid}").json()
+    assert (group["state"], group["shard"], group["index"]) == ("committed", record.name, 1)
+    assert [s["image_index"] for s in group["samples"]] == [0, 1]
+    assert group["samples"][0]["caption"] == "b"
+    for k in range(2):
+        image = client.get(f"/v1/groups/{gid}/images/{k}")
+        assert image.content == pets.image(gid, k)
+        assert image.headers["content-type"] == "image/jpeg"
+    assert client.get(f"/v1/groups/{gid}/images/2").status_code == 404
+    failed = client.get(f"/v1/groups/{header.gid(2, 'c')}").json()
+    assert (failed["state"], failed["failure"]["reason"]) == ("failed", "too dark")
+    assert client.get(f"/v1/groups/{header.gid(2, 'c')}/images/0").status_code == 404
+    assert client.post(f"/v1/groups/{header.gid(2, 'c')}/reject").status_code == 409
+    assert client.get(f"/v1/groups/{'0' * 32}").status_code == 404
+
+
+def test_rejected_group_is_a_tombstone_in_the_log(client, pets):
+    header = pets.accept(["a"])
+    pets.commit(header, {0: "a"})
+    gid = header.gid(0, "a")
+    for _ in range(2):
+        assert client.post(f"/v1/groups/{gid}/reject").json()["rejected"] is True
+    assert pets.log.refresh() == 2
+    assert client.get("/v1/datasets/pets").json()["rejected"] == 1
+
+
+def test_workers_queue_and_scale_add_up(client, backlog):
+    backlog.live = [
+        WorkerView("w2", "cpu", "busy", 3.0),
+        WorkerView("w1", "cuda:0", "idle", 1.0),
+    ]
+    backlog.depth = 5
+    submit(client, prompts=[f"p{i}" for i in range(1000)], images_per_prompt=2)
+    workers = walk(client, "/v1/workers", limit=1)
+    assert [w["name"] for w in workers] == ["w1", "w2"]
+    queue = client.get("/v1/queue").json()
+    assert queue == {"depth": 5, "running": 0, "backlog_s": 500.0}
+    # 2,000 images are 13 jobs of 160, three for each worker
+    assert client.get("/v1/scale").json() == {"value": 5}
+    assert client.get("/readyz").status_code == 200
+
+
+def test_keys_guard_everything_but_the_health_checks(root, backlog, pets):
+    keys = ("first-key", "second-key")
+    settings = GeneratorSettings(root=root, api_keys=tuple(map(SecretStr, keys)), reserve_bytes=0)
+    with TestClient(create_app(settings, backlog)) as client:
+        paths = client.get("/openapi.json", headers={"authorization": "Bearer first-key"}).json()
+        for path, operations in paths["paths"].items():
+            for method in operations:
+                answer = client.request(method, path)
+                is_open = path in ("/healthz", "/readyz")
+                assert (answer.status_code == 401) is not is_open, path
+        key = {"idempotency-key": "k"}
+        ids = [submit(client, key | {"authorization": f"Bearer {k}"}).json()["id"] for k in keys]
+        assert ids[0] != ids[1]
+    owners = [IntakeReader(pets.paths, batch).header.owner for batch in ids]
+    assert len(set(owners)) == 2
+    assert not any(key in owner for key in keys for owner in owners)
+
+
+def test_no_request_is_served_from_outside_the_root(root, backlog):
+    secret = root.parent / "secret"
+    (secret / "intake").mkdir(parents=True)
+    (secret / "intake" / f"{'a' * 32}.jsonl").write_text("{}")
+    with TestClient(create_app(GeneratorSettings(root=root), backlog)) as client:
+        for name in ("..%2fsecret", "%2e%2e%2fsecret", "..", "secret%00", "%2e%2e"):
+            assert client.get(f"/v1/datasets/{name}").status_code in (404, 422)
+            assert client.get(f"/v1/batches/{name}%2f{'a' * 32}").status_code in (404, 422)
+
+
+def test_service_serves_and_stops_on_sigterm(root):
+    environment = {
+        **os.environ,
+        "SYNTHREP_GENERATOR_ROOT": str(root),
+        "SYNTHREP_GENERATOR_PORT": "0",
+        "SYNTHREP_GENERATOR_REDIS_URL": "redis://127.0.0.1:1/0",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "synthrep_generator.api"], env=environment, stderr=subprocess.PIPE
+    )
+    events = []
+    for line in process.stderr:
+        events.append(json.loads(line))
+        if "running on" in events[-1]["event"]:
+            break
+    process.terminate()
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=20) in (0, -15)
+    assert events[0]["event"] == "settings were read"
+    assert events[0]["settings"]["redis_url"] == "**********"
+    assert b"Traceback" not in rest
+    assert Path(root).is_dir()
