@@ -275,8 +275,8 @@ class RunRequest(Request):
     """Data set whose commit log is followed; it may still be empty."""
     objective: Objective = "stablerep"
     """`stablerep`: images of one caption are positives; `simclr`: two crops of one image are."""
-    model: str = Field(default="synthrep_tiny", max_length=100)
-    """`synthrep_tiny` (ViT width 128, depth 6, patch 4) or a vision transformer of timm."""
+    model: str = Field(default="vit_synthrep_tiny", max_length=100, pattern=r"^[a-z0-9_.]+$")
+    """`vit_synthrep_tiny` (width 128, depth 6, patch 4) or a vision transformer of timm."""
     image_size: int = Field(default=32, ge=16, le=512)
     """Side of the training crop, px."""
     images_per_caption: int | None = Field(default=None, ge=1, le=64)
