@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def test_tarfile_reads_what_was_written(
 def test_a_header_is_the_one_that_tarfile_writes() -> None:
     info = tarfile.TarInfo("0" * 32 + "-11.jpg")
     info.size, info.mode, info.mtime = 1234, 0o644, 0
-    ours = tar_member(info.name, bytes(1234))
-    assert ours[:512] == info.tobuf(tarfile.USTAR_FORMAT)
-    assert len(ours) == 512 + 3 * 512
+    header, content, padding = tar_member(info.name, bytes(1234))
+    assert header == info.tobuf(tarfile.USTAR_FORMAT)
+    assert (len(content), padding) == (1234, bytes(3 * 512 - 1234))
 
 
 def test_a_name_that_does_not_fit_is_refused() -> None:
@@ -80,6 +81,14 @@ def test_without_leaves_out_the_named_groups_and_keeps_order(tmp_path: Path) -> 
         with writer.without({gids[1]}) as fewer:
             assert fewer.gids == list(rest)
             assert fewer.finish().path.read_bytes() == write(tmp_path, rest)[1]
+
+
+def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = write(tmp_path, GROUPS)
+    monkeypatch.setattr(os, "writev", lambda fd, parts: os.write(fd, b"".join(parts)[:700]))
+    written, data = write(tmp_path, GROUPS)
+    assert data == expected
+    assert written.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_an_abandoned_shard_leaves_nothing_behind(tmp_path: Path) -> None:

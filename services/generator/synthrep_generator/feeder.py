@@ -97,10 +97,10 @@ class DatasetFeed:
             self._batches[batch] = BatchFeed(header, job_images=self._job_images)
 
     def batches(self) -> list[BatchFeed]:
-        """The batches with something left to do, paused ones excepted."""
+        """The batches with something left to do, paused ones too."""
         for batch in [b for b, feed in self._batches.items() if feed.is_finished(self.outcomes)]:
             del self._batches[batch]
-        return [feed for batch, feed in self._batches.items() if not is_paused(self.paths, batch)]
+        return list(self._batches.values())
 
     def undecided(self, chunk: Chunk) -> list[Place]:
         """The prompts of a chunk without an outcome."""
@@ -117,9 +117,11 @@ def cut_chunks(feeds: Sequence[DatasetFeed], in_flight: Set[Place], *, room: int
         return []
     cuts: list[tuple[str, list[Place]]] = []
     shared: dict[tuple[str, str], list[Place]] = {}
-    batches = [(batch, feed.outcomes) for feed in feeds for batch in feed.batches()]
-    for batch, outcomes in sorted(batches, key=lambda pair: pair[0].urgency):
-        for free in batch.free_blocks(outcomes, in_flight):
+    batches = [(batch, feed) for feed in feeds for batch in feed.batches()]
+    for batch, feed in sorted(batches, key=lambda pair: pair[0].urgency):
+        if is_paused(feed.paths, batch.header.id):
+            continue
+        for free in batch.free_blocks(feed.outcomes, in_flight):
             cut = shared.get(batch.kind)
             if cut is not None and len(cut) + len(free) <= batch.block_prompts:
                 cut += free

@@ -25,6 +25,13 @@ Member = tuple[str, bytes]  # name, content
 _BLOCK = 512
 _NAME_BYTES = 100
 _MAX_MEMBER_BYTES = 8**11 - 1
+_MAX_PARTS = 1024  # of one writev
+_MODE_AND_OWNER = b"0000644\0" + 2 * b"0000000\0"
+_TIME = b"\x0000000000000\0"  # after the size's end
+_KIND_AND_MAGIC = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")
+# The checksum counts its own eight bytes as blanks.
+_BLANK_SUM = sum(_MODE_AND_OWNER) + sum(_TIME) + sum(_KIND_AND_MAGIC) + 8 * ord(" ")
+_PADDING = bytes(_BLOCK)
 _END = bytes(2 * _BLOCK)
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
@@ -68,13 +75,14 @@ class ShardWriter:
 
     def add_group(self, gid: str, members: Sequence[Member]) -> None:
         """Append the members of a group, in order; raises OSError when the disk is full."""
-        data = b"".join(tar_member(name, content) for name, content in members)
-        self._add_bytes(gid, data)
+        start = self._num_bytes
+        self._write([part for name, content in members for part in tar_member(name, content)])
+        self._spans[gid] = (start, self._num_bytes - start)
 
     def finish(self) -> WrittenShard:
         """End the tar and flush it to disk; nothing can be added afterwards."""
         failpoint("shard-half-written")
-        self._write(_END)
+        self._write([_END])
         os.fsync(self._descriptor)
         failpoint("shard-written")
         return WrittenShard(self._path, self._digest.hexdigest(), self._num_bytes)
@@ -84,35 +92,33 @@ class ShardWriter:
         other = ShardWriter(self._folder)
         for gid, (start, length) in self._spans.items():
             if gid not in gids:
-                other._add_bytes(gid, os.pread(self._descriptor, length, start))
+                other._spans[gid] = (other._num_bytes, length)
+                other._write([os.pread(self._descriptor, length, start)])
         return other
 
-    def _add_bytes(self, gid: str, data: bytes) -> None:
-        self._spans[gid] = (self._num_bytes, len(data))
-        self._write(data)
+    def _write(self, parts: Sequence[bytes]) -> None:
+        for start in range(0, len(parts), _MAX_PARTS):
+            some = parts[start : start + _MAX_PARTS]
+            written = os.writev(self._descriptor, some)
+            if written < sum(map(len, some)):
+                left = memoryview(b"".join(some))[written:]
+                while left:
+                    left = left[os.write(self._descriptor, left) :]
+        for part in parts:
+            self._digest.update(part)
+            self._num_bytes += len(part)
 
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
-        self._digest.update(data)
-        self._num_bytes += len(data)
 
-
-def tar_member(name: str, content: bytes) -> bytes:
+def tar_member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
     """Header, content and padding of one file in a ustar archive, with mode 0644 and time 0."""
     encoded = name.encode("ascii")
     if len(encoded) >= _NAME_BYTES or len(content) > _MAX_MEMBER_BYTES:
         raise ValueError(f"does not fit a ustar header: {name[:120]!r}, {len(content)} bytes")
-    header = bytearray(_BLOCK)
-    header[: len(encoded)] = encoded
-    header[100:156] = (
-        b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" % len(content) + (b"00000000000\0" + 8 * b" ")
-    )  # mode, uid, gid, size, mtime, checksum taken as blanks
-    header[156:157] = b"0"
-    header[257:265] = b"ustar\x0000"
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + content + bytes(-len(content) % _BLOCK)
+    size = b"%011o" % len(content)
+    checksum = b"%06o\0 " % (_BLANK_SUM + sum(encoded) + sum(size))
+    name_field = encoded.ljust(_NAME_BYTES, b"\0")
+    header = b"".join((name_field, _MODE_AND_OWNER, size, _TIME, checksum, _KIND_AND_MAGIC))
+    return header, content, _PADDING[: -len(content) % _BLOCK]
 
 
 def publish_shard(written: WrittenShard, folder: Path, seq: int) -> str:
