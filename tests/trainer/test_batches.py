@@ -21,7 +21,7 @@ from synthrep_trainer.shard_stream import ShardStream
 AUGMENTATION = AugmentConfig.for_image_size(16)
 
 
-def make_loader(maker, run, *, rank=0, world_size=1, views=1, threads=2, **stream):
+def make_loader(maker, run, *, rank=0, world_size=1, views=1, threads=2, last_step=99, **stream):
     plan = SamplingPlan(
         seed=3, captions_per_batch=4, images_per_caption=2, min_fill_groups=4,
         max_uses_per_image=100,
@@ -30,7 +30,9 @@ def make_loader(maker, run, *, rank=0, world_size=1, views=1, threads=2, **strea
         maker.paths, run, plan, rank=rank, world_size=world_size, poll_s=0.01, **stream
     )
     view_plan = ViewPlan(3, 2, views, AUGMENTATION)
-    return BatchLoader(source, view_plan, threads=threads, prefetch=2, pin=False)
+    return BatchLoader(
+        source, view_plan, last_step=last_step, threads=threads, prefetch=2, pin=False
+    )
 
 
 def take(loader, count):
@@ -92,6 +94,23 @@ def test_an_image_that_cannot_be_decoded_quarantines_its_shard(shard_maker, tmp_
         with pytest.raises(BadShardError, match="cannot be decoded"):
             loader.take()
     assert (tmp_path / "quarantine" / "1.json").exists()
+
+
+def test_no_batch_is_made_after_the_last_step(shard_maker, tmp_path):
+    shard_maker.commit(4)
+    with make_loader(shard_maker, tmp_path, last_step=3) as loader:
+        take(loader, 3)
+        assert not loader.is_ready(0.05)
+    assert len((tmp_path / "admissions.jsonl").read_text().splitlines()) == 3
+
+
+def test_leaving_stops_a_loader_that_has_images_for_ever(shard_maker, tmp_path):
+    shard_maker.commit(4)
+    with make_loader(shard_maker, tmp_path, last_step=10**9) as loader:
+        take(loader, 1)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+    assert len((tmp_path / "admissions.jsonl").read_text().splitlines()) <= 5
 
 
 def test_leaving_stops_a_loader_that_waits_for_images(shard_maker, tmp_path):

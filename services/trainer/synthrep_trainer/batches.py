@@ -8,6 +8,7 @@ ranks. Pixels stay uint8 until they are on the device.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import queue
 import threading
@@ -67,11 +68,19 @@ class BatchLoader:
     """Makes batches ready in the background; use as a context manager, from one thread."""
 
     def __init__(
-        self, stream: ShardStream, views: ViewPlan, *, threads: int, prefetch: int, pin: bool
+        self,
+        stream: ShardStream,
+        views: ViewPlan,
+        *,
+        last_step: int,
+        threads: int,
+        prefetch: int,
+        pin: bool,
     ) -> None:
-        self._stream, self._views, self._pin = stream, views, pin
+        self._stream, self._views = stream, views
+        self._last_step, self._pin = last_step, pin
         self._stop = threading.Event()
-        self._queue: queue.Queue[LoadedBatch | BaseException | None] = queue.Queue(prefetch)
+        self._queue: queue.Queue[LoadedBatch | BaseException] = queue.Queue(prefetch)
         self._next: LoadedBatch | BaseException | None = None
         self._pool = ThreadPoolExecutor(threads, "loader", initializer=use_one_thread)
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
@@ -82,15 +91,14 @@ class BatchLoader:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        while self._thread.is_alive():
-            self._take_from_queue(0.0)
-            self._thread.join(0.01)
+        self._thread.join()
         self._pool.shutdown()
 
     def is_ready(self, timeout_s: float) -> bool:
         """Whether `take` has something to give, after waiting for it up to `timeout_s`."""
         if self._next is None:
-            self._next = self._take_from_queue(timeout_s)
+            with contextlib.suppress(queue.Empty):
+                self._next = self._queue.get(timeout=timeout_s)
         return self._next is not None
 
     def take(self) -> LoadedBatch:
@@ -101,16 +109,15 @@ class BatchLoader:
         assert found is not None, "take comes after is_ready"
         return found
 
-    def _take_from_queue(self, timeout_s: float) -> LoadedBatch | BaseException | None:
-        try:
-            return self._queue.get(timeout=timeout_s) if timeout_s > 0 else self._queue.get(False)
-        except queue.Empty:
-            return None
-
     def _run(self) -> None:
         try:
-            while (drawn := self._stream.next_batch(self._stop.is_set)) is not None:
+            while not self._stop.is_set():
+                drawn = self._stream.next_batch(self._stop.is_set)
+                if drawn is None:
+                    return
                 self._put(LoadedBatch(drawn.step, self._load(drawn), drawn.cursor))
+                if drawn.step == self._last_step:
+                    return
         except BaseException as error:
             self._put(error)
 

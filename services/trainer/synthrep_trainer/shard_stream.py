@@ -25,7 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from synthrep_shared.storage import DatasetPaths
 from synthrep_trainer.admissions import AdmissionJournal
@@ -49,6 +49,12 @@ class Cursor(NamedTuple):
     window: int = -1
     row: int = 0
     waiting: tuple[Draw, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: list[Any]) -> Self:
+        """What JSON makes of a cursor, made a cursor again."""
+        window, row, waiting = fields
+        return cls(window, row, tuple(Draw(*draw) for draw in waiting))
 
 
 class DrawnGroup(NamedTuple):

@@ -1,0 +1,76 @@
+"""What a step leaves behind: a line of metrics, and a checkpoint when one is due."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from datetime import UTC, datetime
+
+from synthrep_trainer import distributed
+from synthrep_trainer.checkpoint import save_checkpoint
+from synthrep_trainer.checkpoint_folders import retire_checkpoints
+from synthrep_trainer.learner import Learner, StepResult
+from synthrep_trainer.metrics import MetricsWriter, StepMetrics
+from synthrep_trainer.runs import RunFolder
+from synthrep_trainer.settings import TrainerSettings
+from synthrep_trainer.shard_stream import Cursor, ShardStream
+
+_log = logging.getLogger(__name__)
+
+
+class RunRecorder:
+    """Writes the metrics and checkpoints of a run; on other ranks than 0 it does nothing."""
+
+    def __init__(
+        self, folder: RunFolder, settings: TrainerSettings, learner: Learner, stream: ShardStream,
+        *, step: int,
+    ) -> None:  # fmt: skip
+        self._folder, self._settings = folder, settings
+        self._record, self._learner, self._stream = folder.record, learner, stream
+        self._is_writer = distributed.rank() == 0
+        if self._is_writer:
+            self._metrics = MetricsWriter(folder.metrics, step=step)
+        self._last_step_at = time.monotonic()
+
+    def record_step(self, step: int, result: StepResult, *, wait_s: float) -> None:
+        """Append the step's line."""
+        now = time.monotonic()
+        views = self._record.views_per_step
+        if self._is_writer:
+            committed = self._stream.images_committed
+            self._metrics.write(
+                StepMetrics(
+                    step=step,
+                    time=datetime.now(UTC),
+                    loss=result.loss,
+                    lr=result.lr,
+                    gradient_norm=result.gradient_norm,
+                    effective_rank=result.effective_rank,
+                    images_seen=step * views,
+                    images_per_s=views / (now - self._last_step_at),
+                    wait_s=wait_s,
+                    images_committed=committed,
+                    generated_per_trained=committed / (step * views),
+                    shards_quarantined=self._stream.store.num_quarantined,
+                )
+            )
+        self._last_step_at = now
+
+    def save(self, step: int, cursor: Cursor) -> None:
+        """Write the checkpoint of a step, and delete those that are not kept."""
+        if not self._is_writer:
+            return
+        state = {
+            "cursor": cursor,
+            "images_seen": step * self._record.views_per_step,
+            "encoder": dataclasses.asdict(self._learner.config.encoder),
+            "request": self._record.request.model_dump(mode="json"),
+        }
+        path = save_checkpoint(self._folder.checkpoints, step, self._learner.parts(), state)
+        retire_checkpoints(
+            self._folder.checkpoints,
+            keep=self._settings.keep_checkpoints,
+            keep_every=self._settings.keep_every_steps,
+        )
+        _log.info("checkpoint_saved", extra={"step": step, "path": str(path)})

@@ -1,0 +1,203 @@
+"""The train process: one run from where it stands to its end, alone or as a rank of torchrun.
+
+    python -m synthrep_trainer.train --run RUN_FOLDER
+    torchrun --nproc-per-node 8 --module synthrep_trainer.train --run RUN_FOLDER
+
+Exit status 0: the last step was taken, or SIGTERM came, and a checkpoint holds what was learnt.
+Otherwise `failure.json` in the run's folder says why, and whether trying again can help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from synthrep_shared.logs import configure_logging
+from synthrep_shared.storage import DatasetPaths
+from synthrep_trainer import distributed
+from synthrep_trainer.augment import AugmentConfig
+from synthrep_trainer.batches import BatchLoader, ViewPlan
+from synthrep_trainer.checkpoint import Checkpoint, load_newest
+from synthrep_trainer.encoder import EncoderConfig
+from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, TrainingStoppedError
+from synthrep_trainer.learner import Learner, LearnerConfig
+from synthrep_trainer.loop import Plan, train
+from synthrep_trainer.order import SamplingPlan
+from synthrep_trainer.recorder import RunRecorder
+from synthrep_trainer.records import Failure, RunRecord
+from synthrep_trainer.runs import RunFolder, locked
+from synthrep_trainer.schedules import warmup_cosine_lr
+from synthrep_trainer.settings import TrainerSettings
+from synthrep_trainer.shard_stream import Cursor, ShardStream
+
+_log = logging.getLogger(__name__)
+# The published head is wide for ViT-S and larger; it would outweigh the small encoder ten times.
+_PROJECTION_HIDDEN = {"vit_synthrep_tiny": 1024}
+_PUBLISHED_PROJECTION_HIDDEN = 4096
+_PERMANENT = (RunError, TrainingStoppedError, ValueError)
+
+
+def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], bool]) -> bool:
+    """Train a run on this rank; whether its last step was taken.
+
+    Raises TrainingStoppedError, BadShardError, RunError, CommitLogError, and ValueError for what
+    the request asks and cannot be done.
+    """
+    record = folder.record
+    device = choose_device(settings.device)
+    learner = Learner(learner_config(record), device)
+    checkpoint = _load_newest_of_rank_0(folder)
+    step, cursor = 0, Cursor()
+    if checkpoint is not None:
+        learner.load(checkpoint.parts)
+        step, cursor = checkpoint.step, Cursor.from_json(checkpoint.state["cursor"])
+    stream = ShardStream(
+        DatasetPaths(settings.root, record.request.dataset),
+        folder.path,
+        sampling_plan(record),
+        step=step,
+        cursor=cursor,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        poll_s=settings.poll_s,
+        verify_s=settings.verify_s,
+    )
+    distributed.barrier()  # see ShardStream: all are made before any of them draws
+    recorder = RunRecorder(folder, settings, learner, stream, step=step)
+    loader = BatchLoader(
+        stream,
+        view_plan(record),
+        last_step=record.max_steps,
+        threads=settings.loader_threads,
+        prefetch=settings.prefetch_batches,
+        pin=device.type == "cuda",
+    )
+    lr_at = partial(
+        _lr_at,
+        peak_lr=record.request.lr,
+        warmup_steps=int(record.request.warmup_fraction * record.max_steps),
+        total_steps=record.max_steps,
+    )
+    plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, lr_at)
+    _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
+    with loader:
+        return train(learner, loader, recorder, plan, should_stop=should_stop)
+
+
+def learner_config(record: RunRecord) -> LearnerConfig:
+    """What a run's request makes of the learner."""
+    request = record.request
+    encoder = EncoderConfig(
+        model=request.model,
+        image_size_px=request.image_size,
+        projection_hidden=_PROJECTION_HIDDEN.get(request.model, _PUBLISHED_PROJECTION_HIDDEN),
+    )
+    return LearnerConfig(
+        encoder=encoder,
+        seed=request.seed,
+        temperature=request.temperature,
+        weight_decay=request.weight_decay,
+        rows_per_caption=record.images_per_caption * record.views_per_image,
+    )
+
+
+def sampling_plan(record: RunRecord) -> SamplingPlan:
+    """What a run's request makes of the order of its data."""
+    request = record.request
+    return SamplingPlan(
+        seed=request.seed,
+        captions_per_batch=request.captions_per_batch,
+        images_per_caption=record.images_per_caption,
+        min_fill_groups=request.min_fill_groups or request.captions_per_batch,
+        max_uses_per_image=request.max_uses_per_image,
+    )
+
+
+def view_plan(record: RunRecord) -> ViewPlan:
+    """What a run's request makes of its views."""
+    return ViewPlan(
+        record.request.seed,
+        record.images_per_caption,
+        record.views_per_image,
+        AugmentConfig.for_image_size(record.request.image_size),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting; `auto` is this rank's GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def main() -> None:
+    """Read the settings and the command line, train, and leave last words if that fails."""
+    parser = argparse.ArgumentParser(prog="synthrep_trainer.train")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
+    folder = RunFolder(parser.parse_args().run)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    settings = TrainerSettings()
+    configure_logging("trainer", settings.log_level)
+    _log.info("settings_read", extra={"settings": settings.model_dump(mode="json")})
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with distributed.process_group(), _alone(folder, settings.grace_s):
+            is_completed = run(folder, settings, stop.is_set)
+    except Exception as error:
+        _log.exception("training_failed", extra={"run": folder.id})
+        is_permanent = isinstance(error, _PERMANENT) and not isinstance(error, RunBusyError)
+        words = f"{type(error).__name__}: {error}"
+        folder.write_failure(Failure(error=words, is_permanent=is_permanent))
+        sys.exit(1)
+    _log.info("training_ended", extra={"run": folder.id, "is_completed": is_completed})
+
+
+def _lr_at(step: int, *, peak_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """The rate of the update that is step number `step`, from 1."""
+    return warmup_cosine_lr(
+        step - 1, peak_lr=peak_lr, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+
+
+def _load_newest_of_rank_0(folder: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint, the same on all ranks."""
+    found = load_newest(folder.checkpoints)
+    step = found.step if found else 0
+    if distributed.broadcast_json(step) != step:
+        raise NoCheckpointError("the ranks do not see the same newest checkpoint")
+    return found
+
+
+@contextlib.contextmanager
+def _alone(folder: RunFolder, patience_s: float) -> Iterator[None]:
+    """Rank 0 holds the run's lock, after waiting for a process that is about to end."""
+    if distributed.rank() > 0:
+        yield
+        return
+    deadline = time.monotonic() + patience_s
+    while True:
+        with locked(folder.path / "train.lock") as is_mine:
+            if is_mine:
+                yield
+                return
+        if time.monotonic() > deadline:
+            raise RunBusyError(f"another process trains {folder.id}")
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()
