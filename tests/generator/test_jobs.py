@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -231,6 +233,22 @@ def test_a_discarded_job_commits_nothing(stack: Any, bench: Bench) -> None:
     stack.accept(PROMPTS)
     assert run(stack, replace(bench, watch=Watch(9, discard=True)), chunk()) == JobResult()
     assert stack.records() == []
+
+
+def test_a_full_disk_is_no_prompt_s_fault(
+    stack: Any, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    stack.accept(PROMPTS)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "writev", refuse)
+        with pytest.raises(OSError, match="no space"):
+            run(stack, bench, chunk())
+    assert stack.records() == []
+    assert list(stack.paths.temporary.iterdir()) == []
+    assert run(stack, bench, chunk()).committed == 5
 
 
 def test_two_runs_from_nothing_give_equal_shards(

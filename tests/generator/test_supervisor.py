@@ -147,6 +147,19 @@ def test_a_run_ends_soon_when_it_is_wished(start: Start, wish: Wish) -> None:
     assert len(stack.decided()) == 1 + outcome.committed
 
 
+def test_a_chunk_that_was_dropped_can_run_again(start: Start) -> None:
+    supervisor, stack = start(fake_delay_s=0.02)
+    stack.accept([f"p{i}" for i in range(10)])
+    outcomes = []
+    for wish in (Wish.DROP, None):
+        supervisor.run(chunk(1), lambda: None)  # the model is loaded when the wish comes
+        outcomes.append(supervisor.run(chunk(10), lambda wish=wish: wish))
+    assert [(o.stopped, o.committed) for o in outcomes if isinstance(o, Finished)] == [
+        (True, 0),
+        (False, 9),
+    ]
+
+
 def test_a_process_that_loads_the_model_is_not_waited_for(start: Start) -> None:
     supervisor, stack = start(fake_delay_s=60.0)  # the first image, before any prompt
     stack.accept(["a"])

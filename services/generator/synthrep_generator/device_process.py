@@ -128,7 +128,8 @@ class DeviceProcess:
                 self._inbox.put(message)
 
     def _run(self, chunk: Chunk) -> None:
-        self._watch.chunk_id = chunk.id
+        # A wish for this run cannot have come yet: it waits for this run's Ready.
+        self._watch.chunk_id, self._watch.wish = chunk.id, None
         request = make_request(chunk, self._datasets[chunk.dataset])
         result = JobResult() if request is None else self._generate(request, chunk.id)
         self._channel.send(
