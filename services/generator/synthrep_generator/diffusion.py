@@ -40,9 +40,7 @@ _MAX_CACHED_CAPTIONS = 1024
 _DECODE_PIXELS = 8 * 512 * 512  # per call of the decoder, whose activations are large
 
 
-def load_synthesizer(
-    model: ModelConfig, *, device: str, threads: int = 0
-) -> DiffusersSynthesizer:
+def load_synthesizer(model: ModelConfig, *, device: str, threads: int = 0) -> DiffusersSynthesizer:
     """The model on `device` (`auto` takes CUDA where there is one), `threads` on the CPU (0: all).
 
     Raises ModelFilesMissingError if its folder is not a StableDiffusionPipeline of safetensors.
