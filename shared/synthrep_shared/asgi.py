@@ -70,7 +70,8 @@ def validation_problem(errors: Iterable[MutableMapping[str, Any]]) -> ProblemRes
         if error.get("type") == "extra_forbidden" and place:
             place[-1] = "?"  # the sender chose this name
         field = ".".join(str(part)[:64] for part in place)
-        shown.append({"field": field, "message": str(error.get("msg", ""))[:200]})
+        message = str(error.get("msg", "")).removeprefix("Value error, ")
+        shown.append({"field": field, "message": message[:200]})
     return ProblemResponse(422, "the request does not fit the schema", errors=shown)
 
 

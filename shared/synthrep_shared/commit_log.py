@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -120,7 +120,7 @@ class Outcomes:
 
     def __init__(self) -> None:
         self._codes: dict[str, bytearray] = {}
-        self._counts: dict[str, Counter[int]] = {}
+        self._counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.images: Counter[str] = Counter()
         self.cancelled: set[str] = set()
 
@@ -135,7 +135,7 @@ class Outcomes:
                 if len(codes) <= group.index:
                     codes.extend(bytes(group.index + 1 - len(codes)))
                 codes[group.index] = code
-                self._counts.setdefault(group.batch, Counter())[code] += 1
+                self._counts[group.batch][code] += 1
                 self.images[group.batch] += group.images
 
     def code(self, batch: str, index: int) -> int:

@@ -58,7 +58,9 @@ def clean_prompt(text: str) -> str:
 
 
 Prompt = Annotated[
-    str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(clean_prompt)
+    str,
+    StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARACTERS),
+    AfterValidator(clean_prompt),
 ]
 DatasetName = Annotated[str, StringConstraints(pattern=DATASET_PATTERN)]
 ProbeSetName = Annotated[

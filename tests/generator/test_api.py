@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from starlette.testclient import TestClient
 
 from synthrep_generator.api import create_app
 from synthrep_generator.intake import IntakeReader
-from synthrep_generator.queues import WorkerView
+from synthrep_generator.queues import WorkerView, WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.storage import DatasetPaths
 
@@ -157,75 +159,6 @@ def test_lists_page_through_everything_once(client, pets):
     assert [m["alias"] for m in walk(client, "/v1/models", limit=1)] == ["tiny"]
 
 
-def test_shard_is_served_whole_and_in_ranges(client, pets):
-    header = pets.accept(["a"])
-    record = pets.commit(header, {0: "a"})
-    data = (pets.paths.shards / record.name).read_bytes()
-    url = f"/v1/datasets/pets/shards/{record.name}"
-    whole = client.get(url)
-    assert whole.content == data
-    assert whole.headers["etag"] == f'"{record.sha256}"'
-    assert whole.headers["content-type"] == "application/x-tar"
-    part = client.get(url, headers={"range": "bytes=512-1023"})
-    assert (part.status_code, part.content) == (206, data[512:1024])
-    assert part.headers["content-range"] == f"bytes 512-1023/{len(data)}"
-    assert client.get(url, headers={"range": "bytes=-10"}).content == data[-10:]
-    head = client.head(url)
-    assert (head.status_code, head.headers["content-length"]) == (200, str(len(data)))
-
-
-def test_bad_range_is_a_problem(client, pets):
-    record = pets.commit(pets.accept(["a"]), {0: "a"})
-    url = f"/v1/datasets/pets/shards/{record.name}"
-    ranges = ["bytes=999999999-", "bytes=5-1", "lines=1-2", "bytes", "bytes=", "bytes=--5"]
-    for value in [*ranges, "x" * 999, "bytes=" + "9" * 5000 + "-"]:
-        answer = client.get(url, headers={"range": value})
-        assert answer.status_code == 416, value
-        assert answer.headers["content-type"] == "application/problem+json"
-        assert answer.headers["content-range"].startswith("bytes */")
-
-
-def test_only_shards_that_the_log_names_are_served(client, pets):
-    pets.commit(pets.accept(["a"]), {0: "a"})
-    (pets.paths.shards / "00000002-abcabcabcabc.tar").write_bytes(b"not committed")
-    names = ["00000002-abcabcabcabc.tar", "..%2f..%2fpets%2flog%2fcommits.jsonl", "commits.jsonl"]
-    for name in names:
-        answer = client.get(f"/v1/datasets/pets/shards/{name}")
-        assert answer.status_code == 404
-        assert answer.headers["content-type"] == "application/problem+json"
-
-
-def test_group_tells_where_its_images_come_from(client, pets):
-    header = pets.accept(["a", "b", "c"])
-    record = pets.commit(header, {0: "a", 1: "b"})
-    pets.fail(header, {2: "c"}, "too dark")
-    gid = header.gid(1, "b")
-    group = client.get(f"/v1/groups/{gid}").json()
-    assert (group["state"], group["shard"], group["index"]) == ("committed", record.name, 1)
-    assert [s["image_index"] for s in group["samples"]] == [0, 1]
-    assert group["samples"][0]["caption"] == "b"
-    for k in range(2):
-        image = client.get(f"/v1/groups/{gid}/images/{k}")
-        assert image.content == pets.image(gid, k)
-        assert image.headers["content-type"] == "image/jpeg"
-    assert client.get(f"/v1/groups/{gid}/images/2").status_code == 404
-    failed = client.get(f"/v1/groups/{header.gid(2, 'c')}").json()
-    assert (failed["state"], failed["failure"]["reason"]) == ("failed", "too dark")
-    assert client.get(f"/v1/groups/{header.gid(2, 'c')}/images/0").status_code == 404
-    assert client.post(f"/v1/groups/{header.gid(2, 'c')}/reject").status_code == 409
-    assert client.get(f"/v1/groups/{'0' * 32}").status_code == 404
-
-
-def test_rejected_group_is_a_tombstone_in_the_log(client, pets):
-    header = pets.accept(["a"])
-    pets.commit(header, {0: "a"})
-    gid = header.gid(0, "a")
-    for _ in range(2):
-        assert client.post(f"/v1/groups/{gid}/reject").json()["rejected"] is True
-    assert pets.log.refresh() == 2
-    assert client.get("/v1/datasets/pets").json()["rejected"] == 1
-
-
 def test_workers_queue_and_scale_add_up(client, backlog):
     backlog.live = [
         WorkerView("w2", "cpu", "busy", 3.0),
@@ -260,16 +193,6 @@ def test_keys_guard_everything_but_the_health_checks(root, backlog, pets):
     assert not any(key in owner for key in keys for owner in owners)
 
 
-def test_no_request_is_served_from_outside_the_root(root, backlog):
-    secret = root.parent / "secret"
-    (secret / "intake").mkdir(parents=True)
-    (secret / "intake" / f"{'a' * 32}.jsonl").write_text("{}")
-    with TestClient(create_app(GeneratorSettings(root=root), backlog)) as client:
-        for name in ("..%2fsecret", "%2e%2e%2fsecret", "..", "secret%00", "%2e%2e"):
-            assert client.get(f"/v1/datasets/{name}").status_code in (404, 422)
-            assert client.get(f"/v1/batches/{name}%2f{'a' * 32}").status_code in (404, 422)
-
-
 def test_service_serves_and_stops_on_sigterm(root):
     environment = {
         **os.environ,
@@ -293,3 +216,64 @@ def test_service_serves_and_stops_on_sigterm(root):
     assert events[0]["settings"]["redis_url"] == "**********"
     assert b"Traceback" not in rest
     assert Path(root).is_dir()
+
+
+def test_description_resolves_and_promises_problems(client):
+    document = client.get("/openapi.json").json()
+    text = json.dumps(document)
+    schemas = document["components"]["schemas"]
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
+        assert name in schemas
+    assert "HTTPValidationError" not in schemas
+    assert "BatchRequest" in schemas
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["tags"]
+            if path.startswith("/v1"):
+                refusal = operation["responses"]["422"]["content"]
+                assert list(refusal) == ["application/problem+json"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EROFS, 503)])
+def test_storage_that_fails_refuses_the_batch(client, root, monkeypatch, number, status):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("synthrep_generator.admission.write_batch", fail)
+    answer = submit(client)
+    assert answer.status_code == status
+    assert int(answer.headers["retry-after"]) > 0
+    assert client.get("/v1/batches").json()["items"] == []
+    monkeypatch.undo()
+    assert submit(client).status_code == 202
+
+
+def test_unexpected_error_is_a_problem_and_is_raised_for_the_log(settings, backlog, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("synthrep_generator.admission.write_batch", fail)
+    app = create_app(settings, backlog)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = submit(client)
+    assert answer.status_code == 500
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert "secret" not in answer.text
+
+
+@pytest.mark.redis
+def test_real_queue_is_nudged_and_reported(root, redis_url):
+    settings = GeneratorSettings(
+        root=root, redis_url=SecretStr(redis_url), queue="api-test", reserve_bytes=0
+    )
+    queue = WorkQueue(settings)
+    queue.report_worker(WorkerView("w1", "cpu", "idle", 2.5), ttl_s=60)
+    with TestClient(create_app(settings)) as client:
+        assert submit(client).status_code == 202
+        assert queue.wait_for_nudge(1.0)
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/v1/queue").json() == {"depth": 0, "running": 0, "backlog_s": 1.6}
+        assert walk(client, "/v1/workers") == [
+            {"name": "w1", "device": "cpu", "state": "idle", "images_per_s": 2.5}
+        ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import gzip
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -103,3 +104,47 @@ def test_failed_upload_gives_its_place_back(client):
     for _ in range(10):
         assert upload(client, b"not gzip", headers={"content-encoding": "gzip"}).status_code == 422
     assert upload(client, b"a").status_code == 202
+
+
+async def call(app, messages):
+    """Status of an upload whose client sends these messages and then nothing."""
+    waiting, sent = iter(messages), []
+
+    async def receive():
+        message = next(waiting, None)
+        if message is None:
+            await asyncio.sleep(3600)
+        return message
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": URL, "raw_path": URL.encode(),
+        "query_string": b"dataset=pets", "headers": [(b"content-type", b"text/plain")],
+        "http_version": "1.1", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+        "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    await asyncio.wait_for(app(scope, receive, send), timeout=20)
+    return sent[0]["status"]
+
+
+PART = {"type": "http.request", "body": b"a\nb", "more_body": True}
+
+
+def test_upload_that_stops_coming_is_given_up(settings, backlog, root, monkeypatch):
+    monkeypatch.setattr("synthrep_generator.routes_uploads._SILENCE_S", 0.05)
+    assert asyncio.run(call(create_app(settings, backlog), [PART, PART])) == 408
+    assert list(root.iterdir()) == []
+
+
+def test_upload_of_a_client_that_goes_away_leaves_nothing(settings, backlog, root):
+    gone = {"type": "http.disconnect"}
+    assert asyncio.run(call(create_app(settings, backlog), [PART, gone])) == 400
+    assert list(root.iterdir()) == []
+
+
+def test_upload_beyond_the_cap_is_cut_off(settings, backlog, root, monkeypatch):
+    monkeypatch.setattr("synthrep_generator.api.MAX_BYTES", 5)
+    assert asyncio.run(call(create_app(settings, backlog), [PART, PART])) == 413
+    assert list(root.iterdir()) == []

@@ -192,6 +192,7 @@ def test_wrong_method_names_the_right_ones(api):
     client, _ = api
     assert client.delete("/v1/batches").headers["allow"] == "GET, POST"
     assert client.delete(f"/v1/batches/{HEX}").headers["allow"] == "GET"
+    assert client.delete("/v1/batches/upload").headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("seed", range(3))

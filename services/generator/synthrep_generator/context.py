@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, HTTPException, Path, Query, Request
+from fastapi import Depends, Path, Query, Request
 
 from synthrep_generator.admission import Admission
 from synthrep_generator.backlog import LiveWork
@@ -21,11 +21,13 @@ from synthrep_shared.messages import BatchView
 from synthrep_shared.samples import DATASET_PATTERN
 
 MAX_PAGE = 1000
-MAX_SEQ = 2**53
 
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items in one answer")]
 Cursor = Annotated[
     str | None, Query(max_length=128, description="`next_cursor` of the answer before")
+]
+Position = Annotated[
+    str | None, Query(pattern=r"^[0-9]{1,15}$", description="`next_cursor` of the answer before")
 ]
 DatasetId = Annotated[str, Path(pattern=DATASET_PATTERN, description="Name of a data set")]
 BatchId = Annotated[str, Path(max_length=128, description="Id of a batch")]
@@ -75,15 +77,6 @@ async def _context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(_context)]
-
-
-def number_from_cursor(cursor: str | None, default: int = 0) -> int:
-    """The position that a cursor of digits stands for; raises 422 for any other."""
-    if cursor is None:
-        return default
-    if not (cursor.isascii() and cursor.isdigit()) or int(cursor) > MAX_SEQ:
-        raise HTTPException(422, "cursor is not one that this list gave")
-    return int(cursor)
 
 
 def cut_page(

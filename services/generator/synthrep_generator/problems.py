@@ -98,7 +98,9 @@ async def _http_problem(request: Request, error: Exception) -> Any:
 def _allowed_methods(request: Request) -> list[str]:
     """The methods of all routes of the path; the framework itself names those of the first."""
     routes: list[APIRoute] = request.app.state.api_routes
-    matching = (route for route in routes if route.path_regex.match(request.scope["path"]))
+    path = request.scope["path"]
+    literal = [route for route in routes if route.path == path]
+    matching = literal or [route for route in routes if route.path_regex.match(path)]
     return sorted({method for route in matching for method in route.methods or ()})
 
 

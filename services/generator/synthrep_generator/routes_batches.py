@@ -23,9 +23,8 @@ from synthrep_generator.context import (
     BatchId,
     Context,
     ContextDep,
-    Cursor,
     Limit,
-    number_from_cursor,
+    Position,
 )
 from synthrep_generator.failure_reader import failure_views
 from synthrep_generator.intake import BatchHeader
@@ -49,6 +48,13 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         description="Makes a request safe to repeat: the same key and body get the same answer",
+    ),
+]
+BatchCursor = Annotated[
+    str | None,
+    Query(
+        pattern=r"^[0-9]{1,18}-[A-Za-z0-9_-]{1,64}$",
+        description="`next_cursor` of the answer before",
     ),
 ]
 _JSON_BODY: dict[str, Any] = {
@@ -139,7 +145,7 @@ def submit(
 def list_all(
     context: ContextDep,
     dataset: Annotated[str | None, Query(pattern=DATASET_PATTERN)] = None,
-    cursor: Cursor = None,
+    cursor: BatchCursor = None,
     limit: Limit = 100,
 ) -> Page[BatchView]:
     """Of one data set or of all."""
@@ -151,17 +157,22 @@ def list_all(
         for batch in index.batches()
     ]
 
-    def age(entry: tuple[Any, Batch]) -> tuple[float, str]:
-        return -entry[1].created_at.timestamp(), entry[1].id
-
     if cursor is not None:
-        last = next((age(entry) for entry in entries if entry[1].id == cursor), None)
-        if last is None:
-            raise HTTPException(422, "cursor is not one that this list gave")
-        entries = [entry for entry in entries if age(entry) > last]
-    newest = heapq.nsmallest(limit + 1, entries, key=age)
-    shown = [context.batch_view(*entry) for entry in newest[:limit]]
-    return Page[BatchView](items=shown, next_cursor=shown[-1].id if len(newest) > limit else None)
+        microseconds, _, batch_id = cursor.partition("-")
+        last = (-int(microseconds), batch_id)
+        entries = [entry for entry in entries if _age(entry[1]) > last]
+    newest = heapq.nsmallest(limit + 1, entries, key=lambda entry: _age(entry[1]))
+    items = [context.batch_view(*entry) for entry in newest[:limit]]
+    next_cursor = None
+    if len(newest) > limit:
+        microseconds_ago, batch_id = _age(newest[limit - 1][1])
+        next_cursor = f"{-microseconds_ago}-{batch_id}"
+    return Page[BatchView](items=items, next_cursor=next_cursor)
+
+
+def _age(batch: Batch) -> tuple[int, str]:
+    """Sorts batches, the newest first: microseconds before 1970, id."""
+    return -int(batch.created_at.timestamp() * 1e6), batch.id
 
 
 @router.get(
@@ -182,11 +193,11 @@ def get(context: ContextDep, batch_id: BatchId) -> BatchView:
     responses=problem_answers(404),
 )
 def list_failures(
-    context: ContextDep, batch_id: BatchId, cursor: Cursor = None, limit: Limit = 100
+    context: ContextDep, batch_id: BatchId, cursor: Position = None, limit: Limit = 100
 ) -> Page[FailureView]:
     """In the order in which they were recorded, each with its reason."""
     index, batch = context.batch(batch_id)
-    skip = number_from_cursor(cursor)
+    skip = int(cursor or 0)
     shown = failure_views(index, batch.id, skip=skip, limit=limit)
     has_more = skip + len(shown) < batch.failed
     next_cursor = str(skip + len(shown)) if has_more and shown else None

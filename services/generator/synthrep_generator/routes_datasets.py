@@ -11,19 +11,19 @@ from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from synthrep_generator.context import (
-    MAX_SEQ,
     ContextDep,
     Cursor,
     DatasetId,
     Limit,
+    Position,
     cut_page,
-    number_from_cursor,
 )
 from synthrep_generator.problems import not_found, problem_answers
 from synthrep_shared.asgi import ProblemResponse
 from synthrep_shared.messages import DatasetView, Page, ShardView
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+_MAX_SEQ = 10**15 - 1
 _MEDIA_TYPE = "application/x-tar"
 _TAR = {"content": {_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -90,13 +90,15 @@ def get(context: ContextDep, dataset: DatasetId) -> DatasetView:
 def list_shards(
     context: ContextDep,
     dataset: DatasetId,
-    after: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Sequence number to go on from")] = 0,
-    cursor: Cursor = None,
+    after: Annotated[
+        int, Query(ge=0, le=_MAX_SEQ, description="Sequence number to go on from")
+    ] = 0,
+    cursor: Position = None,
     limit: Limit = 100,
 ) -> Page[ShardView]:
     """In the order of `seq`. A follower asks again with `after` set to the last `seq` it saw."""
     index = context.dataset(dataset)
-    shards = index.shards(number_from_cursor(cursor, default=after), limit + 1)
+    shards = index.shards(after if cursor is None else int(cursor), limit + 1)
     shown = shards[:limit]
     next_cursor = str(shown[-1].seq) if len(shards) > limit else None
     return Page[ShardView](items=shown, next_cursor=next_cursor)

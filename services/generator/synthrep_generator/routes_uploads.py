@@ -30,7 +30,7 @@ _CHARSETS = ("utf-8", "utf8", "us-ascii")
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": {media_type: {"schema": {"type": "string"}} for media_type in FORMATS},
+        "content": {name: {"schema": {"type": "string", "minLength": 1}} for name in FORMATS},
     }
 }
 

@@ -118,7 +118,8 @@ def spool_prompts(
             try:
                 line = spool_line(_PROMPT.validate_python(text, strict=True))
             except ValidationError as error:
-                rejects.add(number, error.errors(include_url=False, include_input=False)[0]["msg"])
+                message = error.errors(include_url=False, include_input=False)[0]["msg"]
+                rejects.add(number, message.removeprefix("Value error, "))
                 continue
             spool.write(line)
             digest.update(line)
