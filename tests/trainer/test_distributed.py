@@ -99,6 +99,7 @@ def projection_head(num_views):
         "embeddings": embeddings.tolist(),
         "gradient": leaf.grad.tolist(),
         "buffers": [buffer.tolist() for buffer in head.buffers()],
+        "in_evaluation": head.eval()(local(inputs), num_views).tolist(),
     }
 
 
@@ -218,7 +219,7 @@ def test_averaged_parameter_gradients_equal_those_of_one_process(ranks, alone):
 @pytest.mark.parametrize("case", ["one_view", "two_views"])
 def test_batch_statistics_cover_all_ranks(ranks, alone, case):
     """Each rank's loss is its own part of the sum, so gradients carry no factor here."""
-    for field in ("embeddings", "gradient"):
+    for field in ("embeddings", "gradient", "in_evaluation"):
         together = torch.tensor([row for result in ranks for row in result[case][field]])
         torch.testing.assert_close(together, torch.tensor(alone[case][field]))
     for result in ranks:

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -78,12 +79,26 @@ def test_timm_alone_loads_the_weights():
         (EncoderConfig(model="no_such_model", image_size_px=32), "ViT of timm"),
         (EncoderConfig(model="vit_medium_patch16_gap_240", image_size_px=32), "class token"),
         (EncoderConfig(model="vit_synthrep_tiny", image_size_px=30), "multiple of the patch"),
-        (EncoderConfig(model="vit_synthrep_tiny", image_size_px=0), "multiple of the patch"),
     ],
 )
 def test_models_that_cannot_serve_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         make_encoder(config, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size_px": 0},
+        {"patch_size_px": -4},
+        {"projection_hidden": 0},
+        {"projection_dim": 0},
+        {"drop_path_rate": 1.0},
+    ],
+)
+def test_impossible_sizes_are_refused(change):
+    with pytest.raises(ValueError, match="got EncoderConfig"):
+        replace(TINY, **change)
 
 
 def test_seed_alone_decides_the_weights():
@@ -177,6 +192,15 @@ def test_only_weights_of_two_dimensions_and_more_decay():
     assert {"backbone.pos_embed", "backbone.cls_token", "linears.2.weight"} <= decaying_names
     assert not any(name.endswith("bias") for name in decaying_names)
     assert all(name.endswith("bias") or "norm" in name for name in plain_names)
+
+
+def test_stochastic_depth_grows_up_to_the_asked_rate():
+    blocks = make_encoder(replace(TINY, drop_path_rate=0.2), seed=0).backbone.blocks
+    assert blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    assert all(
+        isinstance(block.drop_path1, nn.Identity)
+        for block in make_encoder(TINY, seed=0).backbone.blocks
+    )
 
 
 def test_a_step_reaches_every_parameter():

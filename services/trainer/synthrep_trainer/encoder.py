@@ -50,6 +50,11 @@ class EncoderConfig:
     projection_dim: int = 256
     """Dimension of the embeddings."""
 
+    def __post_init__(self) -> None:
+        lengths = (self.image_size_px, self.projection_hidden, self.projection_dim)
+        if min(*lengths, self.patch_size_px or 1) < 1 or not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"sizes are at least 1, drop_path_rate lies in 0-1, got {self}")
+
     def to_json(self) -> str:
         """The fields as one JSON object."""
         return json.dumps(dataclasses.asdict(self))
@@ -201,7 +206,7 @@ def make_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
         except AssertionError as error:  # how timm reports a ViT that pools its patches
             raise ValueError(f"cannot build {config.model!r}: {error}") from error
     patch_size_px = backbone.patch_embed.patch_size[0]
-    if config.image_size_px < patch_size_px or config.image_size_px % patch_size_px:
+    if config.image_size_px % patch_size_px:
         raise ValueError(
             f"image_size_px must be a multiple of the patch, {patch_size_px} px, "
             f"got {config.image_size_px}"
