@@ -7,6 +7,8 @@ it reads. Nothing here imports torch.
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -120,7 +122,9 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM, then end with status 0."""
+    # The server shuts down first and then raises the signal again for whoever had it before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = GeneratorSettings()
     configure_logging("generator-api", settings.log_level)
     logger.info("settings were read", extra={"settings": settings.model_dump(mode="json")})
