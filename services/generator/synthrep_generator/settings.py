@@ -51,7 +51,7 @@ def _tiny() -> dict[str, ModelConfig]:
             store_px=32,
             device_batch_images=80,
             licence="see the model card",
-        )  # fmt: skip
+        )
     }
 
 
