@@ -124,8 +124,9 @@ class RunJob(Job):
         processes = self._settings.processes_per_run
         if processes == 1:
             return [sys.executable, "-m", *module]
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        return [sys.executable, *torchrun, f"--nproc-per-node={processes}", "--module", *module]
+        # Without the --, torchrun takes --run for a short form of its own --run-path.
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return [sys.executable, "-m", *torchrun, "--module", "--", *module]
 
     def _is_wanted(self) -> bool:
         return self.folder.wanted.verb == "run"

@@ -126,7 +126,9 @@ class Learner:
         for name, parameter in self._model.named_parameters():
             # AdamW keeps its step count on the CPU and its moments with the parameter.
             self._optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else self._device)
+                key: tensors[f"{key}.{name}"].to(
+                    "cpu" if key == "step" else self._device, copy=True
+                )
                 for key in _OPTIMIZER_STATE
             }
 

@@ -8,6 +8,7 @@ that waits for shards, or has been told to stop, holds the others without leavin
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -19,7 +20,9 @@ from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.learner import Learner, StepResult
 from synthrep_trainer.shard_stream import Cursor
 
+_log = logging.getLogger(__name__)
 _WAIT_S = 0.5  # between two questions to all ranks
+_NOTE_EVERY_S = 30.0
 
 
 class Recorder(Protocol):
@@ -71,11 +74,15 @@ def train(
 
 def _wait_for_all(loader: BatchLoader, should_stop: Callable[[], bool]) -> float | None:
     """Seconds until every rank had its batch, None if one of them is to stop."""
-    started = time.monotonic()
+    started = noted = time.monotonic()
     while True:
         is_ready = loader.is_ready(_WAIT_S)
         flags = distributed.gather(torch.tensor([[should_stop(), is_ready]]).int())
         if flags[:, 0].any():
             return None
+        now = time.monotonic()
         if flags[:, 1].all():
-            return time.monotonic() - started
+            return now - started
+        if now - noted > _NOTE_EVERY_S:
+            noted = now
+            _log.info("waiting_for_images", extra={"waited_s": round(now - started)})

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from datetime import UTC, datetime
+from typing import Self
 
 from synthrep_trainer import distributed
 from synthrep_trainer.checkpoint import save_checkpoint
@@ -20,7 +21,10 @@ _log = logging.getLogger(__name__)
 
 
 class RunRecorder:
-    """Writes the metrics and checkpoints of a run; on other ranks than 0 it does nothing."""
+    """Writes the metrics and checkpoints of a run; on other ranks than 0 it does nothing.
+
+    A context manager: the metrics of steps after `step` are dropped on the way in.
+    """
 
     def __init__(
         self, folder: RunFolder, settings: TrainerSettings, learner: Learner, stream: ShardStream,
@@ -28,16 +32,25 @@ class RunRecorder:
     ) -> None:  # fmt: skip
         self._folder, self._settings = folder, settings
         self._record, self._learner, self._stream = folder.record, learner, stream
-        self._is_writer = distributed.rank() == 0
-        if self._is_writer:
-            self._metrics = MetricsWriter(folder.metrics, step=step)
+        self._step = step
+        self._metrics: MetricsWriter | None = None
+        self._last_step_at = 0.0
+
+    def __enter__(self) -> Self:
+        if distributed.rank() == 0:
+            self._metrics = MetricsWriter(self._folder.metrics, step=self._step)
         self._last_step_at = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
 
     def record_step(self, step: int, result: StepResult, *, wait_s: float) -> None:
         """Append the step's line."""
         now = time.monotonic()
         views = self._record.views_per_step
-        if self._is_writer:
+        if self._metrics is not None:
             committed = self._stream.images_committed
             self._metrics.write(
                 StepMetrics(
@@ -59,7 +72,7 @@ class RunRecorder:
 
     def save(self, step: int, cursor: Cursor) -> None:
         """Write the checkpoint of a step, and delete those that are not kept."""
-        if not self._is_writer:
+        if self._metrics is None:
             return
         state = {
             "cursor": cursor,

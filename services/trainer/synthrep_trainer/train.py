@@ -1,7 +1,7 @@
 """The train process: one run from where it stands to its end, alone or as a rank of torchrun.
 
     python -m synthrep_trainer.train --run RUN_FOLDER
-    torchrun --nproc-per-node 8 --module synthrep_trainer.train --run RUN_FOLDER
+    torchrun --nproc-per-node 8 --module -- synthrep_trainer.train --run RUN_FOLDER
 
 Exit status 0: the last step was taken, or SIGTERM came, and a checkpoint holds what was learnt.
 Otherwise `failure.json` in the run's folder says why, and whether trying again can help.
@@ -90,7 +90,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     )
     plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, lr_at)
     _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
-    with loader:
+    with recorder, loader:
         return train(learner, loader, recorder, plan, should_stop=should_stop)
 
 

@@ -1,0 +1,283 @@
+"""A run from its first shard to its last step: exact through kills, honest about its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from synthrep_shared.messages import RunRequest
+from synthrep_trainer import train
+from synthrep_trainer.checkpoint_folders import list_checkpoints
+from synthrep_trainer.errors import BadShardError, NonFiniteLossError, RunBusyError
+from synthrep_trainer.learner import Learner
+from synthrep_trainer.metrics import read_metrics
+from synthrep_trainer.recorder import RunRecorder
+from synthrep_trainer.runs import Workplace, locked
+from synthrep_trainer.settings import TrainerSettings
+
+LIMIT_S = 60
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return TrainerSettings(
+        root=tmp_path / "data", runs=tmp_path / "runs", device="cpu", threads=1, poll_s=0.005,
+        keep_checkpoints=2, grace_s=0.5,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def submit(settings):
+    """Submits a small run."""
+    torch.set_num_threads(1)
+    place = Workplace(settings.runs)
+
+    def submit(**fields):
+        values = {
+            "dataset": "birds", "max_steps": 11, "image_size": 16, "captions_per_batch": 4,
+            "images_per_caption": 2, "checkpoint_every": 3, "seed": 5,
+        }  # fmt: skip
+        return place.submit_run(RunRequest(**(values | fields)))
+
+    return submit
+
+
+def losses(folder):
+    lines = read_metrics(folder.metrics, after=0, limit=10_000)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(line["loss"], line["gradient_norm"], line["lr"]) for line in lines]
+
+
+class PowerCutError(Exception):
+    """Ends an attempt without any of its clean-up that writes."""
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_the_loss_curve_is_bit_equal_through_interruptions(
+    shard_maker, settings, submit, monkeypatch, case
+):
+    dice = random.Random(case)
+    objective = dice.choice(["stablerep", "simclr"])
+    for _ in range(3):
+        shard_maker.commit(5)
+    whole, cut = submit(objective=objective), submit(objective=objective)
+    assert train.run(whole, settings, never)
+    record_step, save = RunRecorder.record_step, RunRecorder.save
+
+    def record_or_die(self, step, result, *, wait_s):
+        record_step(self, step, result, wait_s=wait_s)
+        if dice.random() < 0.15:
+            raise PowerCutError
+
+    def save_or_die(self, step, cursor):
+        if dice.random() < 0.15:
+            raise PowerCutError
+        save(self, step, cursor)
+
+    monkeypatch.setattr(RunRecorder, "record_step", record_or_die)
+    monkeypatch.setattr(RunRecorder, "save", save_or_die)
+    attempts = 0
+    while attempts < 100:
+        attempts += 1
+        try:
+            if train.run(cut, settings, lambda: dice.random() < 0.1):
+                break
+        except PowerCutError:
+            continue
+    assert attempts > 1
+    assert losses(cut) == losses(whole)
+    assert len(losses(whole)) == 11
+
+
+def start(folder, settings, *launch):
+    """The train process, as the launcher starts it, or through `launch`."""
+    environment = os.environ | {
+        f"SYNTHREP_TRAINER_{name.upper()}": str(getattr(settings, name))
+        for name in ("root", "runs", "device", "threads", "poll_s", "grace_s")
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", *launch, "synthrep_trainer.train", "--run", str(folder.path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for_step(folder, step):
+    deadline = time.monotonic() + LIMIT_S
+    while not read_metrics(folder.metrics, after=step - 1, limit=1):
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.005)
+
+
+def test_kill_9_and_sigterm_leave_the_curve_as_it_was(shard_maker, settings, submit):
+    shard_maker.commit(9)
+    whole, cut = submit(max_steps=24), submit(max_steps=24)
+    killed = start(cut, settings)
+    wait_for_step(cut, 7)
+    killed.kill()
+    killed.wait()
+    stopped = start(cut, settings)
+    wait_for_step(cut, 14)
+    stopped.terminate()
+    assert stopped.wait(LIMIT_S) == 0
+    newest = list_checkpoints(cut.checkpoints)[-1].step
+    assert newest == len(losses(cut)) < 24
+    assert train.run(cut, settings, never)
+    assert train.run(whole, settings, never)
+    assert losses(cut) == losses(whole)
+
+
+def test_training_begins_before_the_last_shard(shard_maker, settings, submit):
+    run = submit(max_steps=20, max_uses_per_image=10)
+    shard_maker.commit(4)
+
+    def generate():
+        for _ in range(4):
+            wait_for_step(run, 1)
+            shard_maker.commit(4)
+
+    generator = threading.Thread(target=generate)
+    generator.start()
+    assert train.run(run, settings, never)
+    generator.join()
+    lines = read_metrics(run.metrics, after=0, limit=100)
+    assert lines[0]["images_committed"] == 12
+    assert lines[-1]["images_committed"] == 60
+    assert lines[-1]["generated_per_trained"] == pytest.approx(60 / (20 * 8))
+
+
+def test_a_stop_while_waiting_for_shards_ends_the_run_at_once(settings, submit):
+    run = submit()
+    started = time.monotonic()
+    assert not train.run(run, settings, lambda: time.monotonic() > started + 0.2)
+    assert time.monotonic() < started + 5
+    assert losses(run) == []
+
+
+def test_checkpoints_come_when_due_and_at_the_end(shard_maker, settings, submit, monkeypatch):
+    shard_maker.commit(6)
+    saved = []
+    save = RunRecorder.save
+
+    def note(self, step, cursor):
+        saved.append(step)
+        save(self, step, cursor)
+
+    monkeypatch.setattr(RunRecorder, "save", note)
+    run = submit()
+    assert train.run(run, settings, never)
+    assert saved == [3, 6, 9, 11]
+    assert [c.step for c in list_checkpoints(run.checkpoints)] == [9, 11]
+
+
+def test_a_completed_run_has_nothing_left_to_do(shard_maker, settings, submit):
+    shard_maker.commit(6)
+    run = submit(max_steps=3)
+    assert train.run(run, settings, never)
+    before = losses(run)
+    assert train.run(run, settings, never)
+    assert losses(run) == before
+
+
+def test_a_loss_that_is_no_number_stops_before_the_optimizer(
+    shard_maker, settings, submit, monkeypatch
+):
+    shard_maker.commit(6)
+    run = submit()
+    step = Learner.step
+
+    def poisoned(self, batch, **kwargs):
+        if kwargs["step"] == 8:
+            with torch.no_grad():
+                next(self._model.head.parameters()).fill_(float("nan"))
+        return step(self, batch, **kwargs)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+    with pytest.raises(NonFiniteLossError, match="step 8"):
+        train.run(run, settings, never)
+    assert len(losses(run)) == 7
+    assert [c.step for c in list_checkpoints(run.checkpoints)] == [3, 6]
+
+
+def test_a_shard_that_changed_is_left_out_when_the_run_goes_on(shard_maker, settings, submit):
+    shard_maker.commit(8)
+    record = shard_maker.commit(2)
+    run = submit(max_steps=9)
+    stops = iter([False] * 5)
+    assert not train.run(run, settings, lambda: next(stops, True))
+    (shard_maker.paths.shards / record.name).write_bytes(bytes(record.bytes))
+    with pytest.raises(BadShardError, match="sha256"):
+        train.run(run, settings, never)
+    assert train.run(run, settings, never)
+    assert read_metrics(run.metrics, after=8, limit=1)[0]["shards_quarantined"] == 1
+
+
+@pytest.fixture
+def call_main(monkeypatch, settings):
+    """Calls the entry point in this process; gives its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(folder):
+        monkeypatch.setattr(sys, "argv", ["train", "--run", str(folder.path)])
+        for name in ("root", "runs", "device", "threads", "grace_s"):
+            monkeypatch.setenv(f"SYNTHREP_TRAINER_{name.upper()}", str(getattr(settings, name)))
+        try:
+            train.main()
+        except SystemExit as exit:
+            return exit.code
+        return 0
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "resnet50"}, "ViT of timm"),
+        ({"model": "no_such_model"}, "ViT of timm"),
+        ({"image_size": 17}, "multiple of the patch"),
+    ],
+)
+def test_what_cannot_be_built_fails_for_good_and_says_why(submit, call_main, fields, words):
+    run = submit(**fields)
+    assert call_main(run) == 1
+    assert words in run.failure.error
+    assert run.failure.is_permanent
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(shard_maker, submit, call_main):
+    run = submit()
+    with locked(run.path / "train.lock"):
+        assert call_main(run) == 1
+    assert run.failure.error.startswith(RunBusyError.__name__)
+    assert not run.failure.is_permanent
+
+
+def test_two_ranks_learn_what_one_does(shard_maker, settings, submit):
+    shard_maker.commit(11)
+    alone, shared = (submit(max_steps=5, objective="simclr") for _ in range(2))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "--"]
+    assert start(shared, settings, *torchrun).wait(LIMIT_S) == 0
+    assert train.run(alone, settings, never)
+    assert losses(alone)[0] == pytest.approx(losses(shared)[0], rel=1e-4)
+    # Adam's first updates turn rounding of the smallest gradients into whole steps.
+    for one, two in zip(losses(alone), losses(shared), strict=True):
+        assert one == pytest.approx(two, rel=0.05)
+    state = json.loads((list_checkpoints(shared.checkpoints)[-1].path / "state.json").read_text())
+    assert state["images_seen"] == 5 * alone.record.views_per_step
