@@ -37,6 +37,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 class Checkpoint(NamedTuple):
     """What was saved: tensors by part and name, on the CPU, and the JSON state."""
 
+    path: Path
     step: int
     parts: Parts
     state: dict[str, Any]
@@ -67,7 +68,7 @@ def load_checkpoint(folder: CheckpointFolder) -> Checkpoint:
         for name, data in files.items()
         if name.endswith(_SUFFIX)
     }
-    return Checkpoint(folder.step, parts, json.loads(files[_STATE]))
+    return Checkpoint(folder.path, folder.step, parts, json.loads(files[_STATE]))
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

@@ -28,6 +28,7 @@ from synthrep_trainer import distributed
 from synthrep_trainer.augment import AugmentConfig
 from synthrep_trainer.batches import BatchLoader, ViewPlan
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
+from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import EncoderConfig
 from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, TrainingStoppedError
 from synthrep_trainer.learner import Learner, LearnerConfig
@@ -131,13 +132,6 @@ def view_plan(record: RunRecord) -> ViewPlan:
         record.views_per_image,
         AugmentConfig.for_image_size(record.request.image_size),
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a setting; `auto` is this rank's GPU where there is one, else the CPU."""
-    if name == "auto":
-        name = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def main() -> None:
