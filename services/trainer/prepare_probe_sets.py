@@ -2,8 +2,7 @@
 
 Run once by a maintainer; the results are committed. Fetch the packages into one folder first:
 
-    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 \
-        @lobehub/fluent-emoji-3d@1.1.0
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     apt-get download openclipart-png dataset-fashion-mnist        # Debian 12
     python services/trainer/prepare_probe_sets.py --packages FOLDER
 
@@ -45,9 +44,6 @@ PACKAGES = {  # file name -> SHA-256
     ),
     "emoji-datasource-twitter-16.0.0.tgz": (
         "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
-    ),
-    "lobehub-fluent-emoji-3d-1.1.0.tgz": (
-        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
     ),
     "openclipart-png_1%3a0.18+dfsg-19_all.deb": (
         "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02"
@@ -93,7 +89,7 @@ def main() -> None:
         if found != digest:
             raise SystemExit(f"{name}: expected SHA-256 {digest}, found {found}")
     emoji = without_near_duplicates(emoji_drawings(packages))
-    write_set(out / "emoji", *split_by_group(emoji, test_share=0.4), encode=webp)
+    write_set(out / "emoji", *split_by_group(emoji, test_share=0.5), encode=webp)
     clipart = without_near_duplicates(clipart_drawings(packages))
     write_set(out / "clipart", *split_by_group(clipart, test_share=0.58), encode=webp)
     write_set(out / "fashion", *fashion_drawings(packages), encode=grey_png)
@@ -102,28 +98,15 @@ def main() -> None:
 
 
 def emoji_drawings(packages: Path) -> Iterator[Drawing]:
-    """Three drawings (Noto, Twemoji, Fluent 3D) of each emoji, labelled with its category."""
-    categories: dict[str, str] = {}
+    """Two drawings (Noto, Twemoji) of each emoji, labelled with its category."""
     for vendor in ("google", "twitter"):
         with tarfile.open(packages / f"emoji-datasource-{vendor}-16.0.0.tgz") as archive:
             rows = json.loads(member_bytes(archive, "package/emoji.json"))
             for row in rows:
                 if row["category"] == "Component" or not row[f"has_img_{vendor}"]:
                     continue
-                group = emoji_id(row["unified"])
-                categories[group] = row["category"]
                 data = member_bytes(archive, f"package/img/{vendor}/64/{row['image']}")
-                yield Drawing(cut_out(data), row["category"], group)
-    with tarfile.open(packages / "lobehub-fluent-emoji-3d-1.1.0.tgz") as archive:
-        for name in sorted(archive.getnames()):
-            group = emoji_id(Path(name).stem)
-            if name.endswith(".webp") and group in categories:
-                yield Drawing(cut_out(member_bytes(archive, name)), categories[group], group)
-
-
-def emoji_id(code_points: str) -> str:
-    """Code points in lower case without the variation selector, equal for every vendor."""
-    return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
+                yield Drawing(cut_out(data), row["category"], row["unified"])
 
 
 def clipart_drawings(packages: Path) -> Iterator[Drawing]:
@@ -140,20 +123,19 @@ def clipart_drawings(packages: Path) -> Iterator[Drawing]:
 
 
 def fashion_drawings(packages: Path) -> tuple[list[Drawing], list[Drawing]]:
-    """2,000 images of each official part of Fashion-MNIST, 200 a class."""
+    """1,000 and 1,500 images of the official train and test parts of Fashion-MNIST."""
     root = "./usr/share/datasets/fashion-mnist/"
     rng = np.random.default_rng(SEED)
     parts = []
     deb = packages / "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb"
     with debian_archive(deb) as archive:
-        for part in ("train", "t10k"):
+        for part, per_class in (("train", 100), ("t10k", 150)):
             images = gzip.decompress(member_bytes(archive, f"{root}{part}-images-idx3-ubyte.gz"))
             labels = gzip.decompress(member_bytes(archive, f"{root}{part}-labels-idx1-ubyte.gz"))
             pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
             classes = np.frombuffer(labels, np.uint8, offset=8)
-            rows = np.concatenate(
-                [rng.choice(np.flatnonzero(classes == c), 200, replace=False) for c in range(10)]
-            )
+            of_class = [np.flatnonzero(classes == c) for c in range(len(FASHION_CLASSES))]
+            rows = np.concatenate([rng.choice(i, per_class, replace=False) for i in of_class])
             parts.append(
                 [Drawing(Image.fromarray(pixels[i]), FASHION_CLASSES[classes[i]], "") for i in rows]
             )

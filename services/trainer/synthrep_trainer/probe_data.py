@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int64
 from synthrep_trainer.probe_archive import ImageBatch, ProbeDataError, read_batches
 
 __all__ = [
+    "Choices",
     "Metric",
     "ProbeDataError",
     "ProbeDataset",
@@ -48,7 +49,8 @@ _MEAN_PER_CLASS = frozenset(
 )
 _VOC = frozenset({"voc2007", "pascalvoc2007"})
 
-Choice = TypeVar("Choice")
+Choices = Mapping[str, float]
+"""What validation chose, by the name of the features."""
 
 
 class TestIsSealedError(RuntimeError):
@@ -95,13 +97,13 @@ class ProbeDataset:
             raise ProbeDataError(f"{self.folder / 'classes.txt'}: {error}") from error
         return tuple(line.strip() for line in text.splitlines() if line.strip())
 
-    def open(self) -> ProbeSession[object]:
+    def open(self) -> ProbeSession:
         """A session with the test part sealed; raises ProbeDataError if train or test lacks."""
         for split in ("train", "test"):
-            self._require(split)
+            self.path(split)
         return ProbeSession(self)
 
-    def _require(self, split: Split) -> Path:
+    def path(self, split: Split) -> Path:
         """The tar of a part; raises ProbeDataError if there is none, or several."""
         path = self._find(split)
         if path is None:
@@ -117,21 +119,16 @@ class ProbeDataset:
 
 
 @dataclass
-class ProbeSession(Generic[Choice]):
+class ProbeSession:
     """One probe's reading of a set: train and val first, then one choice, then test."""
 
     dataset: ProbeDataset
-    _choice: Choice | None = field(default=None, init=False)
+    _choices: Choices | None = field(default=None, init=False)
 
     @property
-    def has_val(self) -> bool:
-        """Whether the set has a validation part of its own; else `validation_mask` cuts train."""
-        return "val" in self.dataset.splits
-
-    @property
-    def choice(self) -> Choice | None:
-        """What was recorded, None before."""
-        return self._choice
+    def fitting_splits(self) -> tuple[Literal["train", "val"], ...]:
+        """`train`, and `val` where the set has one; else `validation_mask` cuts train."""
+        return ("train", "val") if "val" in self.dataset.splits else ("train",)
 
     def fitting_batches(
         self, split: Literal["train", "val"], *, image_px: int
@@ -139,23 +136,23 @@ class ProbeSession(Generic[Choice]):
         """The images of a fitting part; raises ProbeDataError where the archive is at fault."""
         if split not in ("train", "val"):
             raise TestIsSealedError(f"{split!r} is not for fitting; see test_batches")
-        return read_batches(self.dataset._require(split), image_px=image_px)
+        return read_batches(self.dataset.path(split), image_px=image_px)
 
-    def record(self, choice: Choice, *, store: Callable[[Choice], None] | None = None) -> None:
+    def record(self, choices: Choices, *, store: Callable[[Choices], None] | None = None) -> None:
         """Fix what validation has chosen; `store` makes it durable first, and may refuse."""
-        if self._choice is not None:
-            raise TestIsSealedError(f"a choice was recorded before: {self._choice}")
-        if choice is None:
-            raise ValueError("a choice must say something, got None")
+        if self._choices is not None:
+            raise TestIsSealedError(f"choices were recorded before: {self._choices}")
+        if not choices:
+            raise ValueError("choices must name at least one value")
         if store is not None:
-            store(choice)
-        self._choice = choice
+            store(choices)
+        self._choices = dict(choices)
 
     def test_batches(self, *, image_px: int) -> Iterator[ImageBatch]:
-        """The test images; raises TestIsSealedError unless a choice has been recorded."""
-        if self._choice is None:
-            raise TestIsSealedError(f"{self.dataset.name}: record the choice before opening test")
-        return read_batches(self.dataset._require("test"), image_px=image_px)
+        """The test images; raises TestIsSealedError unless choices have been recorded."""
+        if self._choices is None:
+            raise TestIsSealedError(f"{self.dataset.name}: record the choices before opening test")
+        return read_batches(self.dataset.path("test"), image_px=image_px)
 
 
 def probe_datasets(root: Path | None = None) -> Mapping[str, ProbeDataset]:
