@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+_CLIENTS = ("SYNTHREP_GENERATOR_URL", "SYNTHREP_TRAINER_URL")  # share the services' prefixes
 
 
 class ServiceSettings(BaseSettings):
@@ -38,7 +39,7 @@ class ServiceSettings(BaseSettings):
         if not prefix:
             return values
         for variable, path in os.environ.items():
-            if not variable.upper().startswith(prefix):
+            if not variable.upper().startswith(prefix) or variable in _CLIENTS:
                 continue
             name = variable[len(prefix) :].lower().split("__")[0]
             if name.endswith("_file") and name.removesuffix("_file") in cls.model_fields:
