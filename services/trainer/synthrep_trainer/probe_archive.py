@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from synthrep_shared.errors import SynthRepError
+from synthrep_trainer.probe_data import ProbeDataError
 
 MAX_MEMBER_BYTES = 32 * 2**20
 MAX_WAITING_BYTES = 2**30  # images whose label has not come yet
@@ -40,10 +40,6 @@ _UNDECODABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-
-
-class ProbeDataError(SynthRepError):
-    """A labelled set is absent, damaged or contradicts itself; the message names the place."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +154,23 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 content = archive.extractfile(member)
                 assert content is not None, "a regular member has a stream"
                 yield key, suffix, content.read()
-            # An archive cut between two members reads to a clean end: only the zero block tells.
-            stream.seek(archive.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ProbeDataError(f"{path}: the archive is cut short")
+            _require_whole(stream, archive.offset, path)
     except _UNREADABLE as error:
         raise ProbeDataError(f"{path}: the archive cannot be read: {error}") from error
+
+
+def _require_whole(stream: _BoundedStream, end: int, path: Path) -> None:
+    """Raise ProbeDataError unless the archive's zero blocks are at `end`, and nothing else.
+
+    An archive that was cut between two members reads to a clean end otherwise. Reading on also
+    makes the decompressor compare its checksum.
+    """
+    stream.seek(end)
+    rest = stream.read(MAX_MEMBER_BYTES)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise ProbeDataError(f"{path}: the archive is cut short")
+    if rest.count(0) != len(rest) or stream.read(1):
+        raise ProbeDataError(f"{path}: something follows the end of the archive")
 
 
 def _is_sane(key: str) -> bool:

@@ -20,13 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from synthrep_trainer.probe_archive import ImageBatch
-from synthrep_trainer.probe_data import (
-    Choices,
-    ProbeDataError,
-    ProbeDataset,
-    ProbeSession,
-    validation_mask,
-)
+from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset
 from synthrep_trainer.probe_protocols import (
     Features,
     FittingPart,
@@ -35,6 +29,7 @@ from synthrep_trainer.probe_protocols import (
     ProbeProtocol,
 )
 from synthrep_trainer.probe_scores import ProbeResult, class_table, score_with_interval
+from synthrep_trainer.probe_session import Choices, ProbeSession, validation_mask
 
 PIXELS_PX = 16
 IMAGE_PX = 32
@@ -84,7 +79,7 @@ def probe(
     """
     started = clock()
     protocol = protocol or LinearProtocol()
-    session, metric = dataset.open(), dataset.metric
+    session, metric = ProbeSession(dataset), dataset.metric
     extractors = {_JUDGED: extract, **baselines}
     parts, names = _fitting_parts(session, extractors, image_px=image_px, seed=seed)
     selections = {name: protocol.select(part, metric) for name, part in parts.items()}
