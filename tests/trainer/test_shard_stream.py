@@ -11,7 +11,7 @@ import pytest
 
 from synthrep_trainer.errors import BadShardError, LogChangedError, RunError
 from synthrep_trainer.order import SamplingPlan
-from synthrep_trainer.shard_stream import DrawnBatch, ShardStream
+from synthrep_trainer.shard_stream import Cursor, Draw, DrawnBatch, ShardStream
 
 NEVER = lambda: False  # noqa: E731
 AT_ONCE = lambda: True  # noqa: E731
@@ -123,18 +123,19 @@ def test_a_small_group_gives_its_images_more_than_once(shard_maker, tmp_path):
 
 def test_the_bound_on_uses_holds_and_new_images_end_the_wait(shard_maker, tmp_path):
     shard_maker.commit(8, images=3)
-    stream = ShardStream(
-        shard_maker.paths, tmp_path, plan(max_uses_per_image=4, images_per_caption=2), poll_s=0.01
-    )
+    sampling = plan(max_uses_per_image=4, images_per_caption=2)
+    stream = ShardStream(shard_maker.paths, tmp_path, sampling, poll_s=0.01)
     uses: Counter = Counter()
-    timer = threading.Timer(0.3, lambda: shard_maker.commit(6, images=3))
-    for number in range(9):
-        if number == 8:  # 8 groups of 3 images, 4 uses each, make 48 draws: 8 batches of 6 by 2
+    timer = threading.Timer(0.3, lambda: shard_maker.commit(18, images=3))
+    # 8 groups of 3 images, 4 uses each, make 48 draws of 2: 8 batches of 6. Then 18 groups more.
+    for number in range(8 + 18):
+        if number == 8:
             assert uses.total() == 96
             timer.start()
         for g in stream.next_batch(NEVER).groups:
             uses.update((g.group, k) for k in g.images)
-    assert max(uses.values()) == 4
+    assert set(uses.values()) == {4}
+    assert stream.next_batch(AT_ONCE) is None
 
 
 def test_the_first_batch_waits_for_the_minimum_fill(shard_maker, tmp_path):
@@ -188,6 +189,34 @@ def test_an_early_quarantine_passes_over_the_shard_on_every_attempt(shard_maker,
     groups = {row[1] for batch in orders[0] for row in batch}
     assert groups == {*range(6), *range(12, 18)}
     assert (tmp_path / "quarantine" / f"{good.seq + 1}.json").exists()
+
+
+def test_ranks_agree_on_a_shard_that_is_bad_when_it_comes(shard_maker, tmp_path):
+    ranks = Ranks(shard_maker, tmp_path, plan(), world_size=2)
+    shard_maker.commit(6)
+    shard_maker.commit(6, break_file=lambda data: data[:-1] + b"x")
+    assert {row[1] for _ in range(4) for row in ranks.draw()[1]} == set(range(6))
+
+
+def test_ranks_agree_on_a_shard_that_turned_bad_before_they_read_it(shard_maker, tmp_path):
+    shard_maker.commit(6)
+    first = Ranks(shard_maker, tmp_path, plan())
+    first.draw()
+    record = shard_maker.commit(6)
+    expected = [first.draw()[1] for _ in range(4)]
+    (shard_maker.paths.shards / record.name).write_bytes(b"\0" * record.bytes)
+    again = Ranks(shard_maker, tmp_path, plan(), world_size=2)
+    assert [again.draw()[1] for _ in range(5)][1:] == expected
+
+
+def test_draws_that_wait_are_not_lost_however_many_they_are(shard_maker, tmp_path):
+    shard_maker.commit(20)
+    ShardStream(shard_maker.paths, tmp_path, plan()).next_batch(NEVER)
+    waiting = tuple(Draw(group, 0) for group in range(8))
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(), step=1, cursor=Cursor(0, 20, waiting))
+    groups = [[g.group for g in stream.next_batch(NEVER).groups] for _ in range(2)]
+    assert groups[0] == list(range(6))
+    assert groups[1][:2] == [6, 7]
 
 
 def test_a_shard_that_turns_bad_ends_the_process_and_is_passed_over_afterwards(
