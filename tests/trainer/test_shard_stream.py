@@ -121,21 +121,27 @@ def test_a_small_group_gives_its_images_more_than_once(shard_maker, tmp_path):
     assert all(sorted(g.images) == [0, 0, 1, 1] for g in stream.next_batch(NEVER).groups)
 
 
-def test_the_bound_on_uses_holds_and_new_images_end_the_wait(shard_maker, tmp_path):
+def test_every_image_is_drawn_up_to_the_bound_and_not_beyond(shard_maker, tmp_path):
     shard_maker.commit(8, images=3)
     sampling = plan(max_uses_per_image=4, images_per_caption=2)
-    stream = ShardStream(shard_maker.paths, tmp_path, sampling, poll_s=0.01)
+    stream = ShardStream(shard_maker.paths, tmp_path, sampling)
     uses: Counter = Counter()
-    timer = threading.Timer(0.3, lambda: shard_maker.commit(18, images=3))
-    # 8 groups of 3 images, 4 uses each, make 48 draws of 2: 8 batches of 6. Then 18 groups more.
-    for number in range(8 + 18):
-        if number == 8:
-            assert uses.total() == 96
-            timer.start()
+    for number in range(17):  # 17 groups of 3 images, 4 uses each, 2 a draw, 6 draws a batch
+        if number == 2:
+            shard_maker.commit(9, images=3)
         for g in stream.next_batch(NEVER).groups:
             uses.update((g.group, k) for k in g.images)
+    assert len(uses) == 17 * 3
     assert set(uses.values()) == {4}
     assert stream.next_batch(AT_ONCE) is None
+
+
+def test_new_images_end_the_wait_at_the_bound(shard_maker, tmp_path):
+    shard_maker.commit(6, images=2)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(max_uses_per_image=1), poll_s=0.01)
+    stream.next_batch(NEVER)
+    threading.Timer(0.2, lambda: shard_maker.commit(6, images=2)).start()
+    assert {g.group for g in stream.next_batch(NEVER).groups} == set(range(6, 12))
 
 
 def test_the_first_batch_waits_for_the_minimum_fill(shard_maker, tmp_path):
