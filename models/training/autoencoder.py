@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.training.budget import Budget
 from models.training.classifier import SmallResNet, tensor_from_images
 
 logger = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 LATENT_CHANNELS = 6
 _KL_WEIGHT = 1e-5
 _PERCEPTUAL_WEIGHT = 0.25
-_CHECKPOINT_S = 300.0
+_LOG_STEPS = 200
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -66,70 +65,58 @@ def train_autoencoder(
 ) -> AutoencoderKL:
     """Train for a budget of minutes (or steps) with L1, perceptual and KL terms, from `out` on.
 
-    The learning rate follows a cosine over the budget. A checkpoint (weights, moments, progress) is
-    written every five minutes.
+    The learning rate follows a cosine over the budget. The weights are written every five minutes;
+    the optimizer's moments are not, a resumed training gathers them anew.
     """
     torch.manual_seed(seed)
     model = make_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     network = network.eval().requires_grad_(False)
-    progress = _resume(model, out)
-    generator = torch.Generator().manual_seed(seed + int(progress["steps"]))
-    started = last_saved = time.monotonic()
-    before_s = progress["seconds"]
-    sums = np.zeros(3)
-    while True:
-        now_s = before_s + time.monotonic() - started
-        done = now_s / (60 * minutes) if max_steps is None else progress["steps"] / max_steps
-        if done >= 1:
-            break
-        warm = min(1.0, (progress["steps"] + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
+    budget = Budget(out / "autoencoder.json", minutes=minutes, max_steps=max_steps)
+    if budget.steps:
+        model.load_state_dict(load_file(out / "autoencoder.safetensors"))
+    generator = torch.Generator().manual_seed(seed + budget.steps)
+    recent: list[Tensor] = []
+    while budget.spent < 1:
+        budget.set_lr(optimizer, lr, warmup_steps=200, floor=0.02)
         rows = torch.randint(len(images), (batch_size,), generator=generator).numpy()
         batch = tensor_from_images(images[rows])
-        if progress["steps"] % 2:
-            batch = batch.flip(3)
-        posterior = model.encode(batch).latent_dist
-        decoded = model.decode(posterior.sample(generator=generator)).sample
-        l1 = (decoded - batch).abs().mean()
-        perceptual = perceptual_distance(network, decoded, batch)
-        kl = posterior.kl().mean()
-        loss = l1 + _PERCEPTUAL_WEIGHT * perceptual + _KL_WEIGHT * kl
+        terms = _loss_terms(model, network, batch.flip(3) if budget.steps % 2 else batch, generator)
         optimizer.zero_grad()
-        loss.backward()
+        (terms * torch.tensor([1.0, _PERCEPTUAL_WEIGHT, _KL_WEIGHT])).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        progress["steps"] += 1
-        sums += [l1.item(), perceptual.item(), kl.item()]
-        if progress["steps"] % 200 == 0:
+        budget.steps += 1
+        recent.append(terms.detach())
+        if len(recent) == _LOG_STEPS:
             logger.info(
                 "autoencoder step %d (%.1f min): l1 %.4f perceptual %.4f kl %.1f",
-                progress["steps"],
-                now_s / 60,
-                *(sums / 200),
+                budget.steps,
+                budget.seconds / 60,
+                *torch.stack(recent).mean(0).tolist(),
             )
-            sums[:] = 0
-        if time.monotonic() - last_saved > _CHECKPOINT_S:
-            last_saved = time.monotonic()
-            _save(model, out, progress | {"seconds": now_s})
-    _save(model, out, progress | {"seconds": before_s + time.monotonic() - started})
+            recent.clear()
+        if budget.is_save_due():
+            _save(model, out, budget)
+    _save(model, out, budget)
     return model.eval()
 
 
-def _resume(model: AutoencoderKL, out: Path) -> dict[str, float]:
-    if not (out / "autoencoder.json").exists():
-        return {"steps": 0, "seconds": 0.0}
-    model.load_state_dict(load_file(out / "autoencoder.safetensors"))
-    progress: dict[str, float] = json.loads((out / "autoencoder.json").read_text())
-    return progress
+def _loss_terms(
+    model: AutoencoderKL, network: SmallResNet, batch: Tensor, generator: torch.Generator
+) -> Tensor:
+    """L1, perceptual distance and KL of a batch (B, 3, 32, 32), as one tensor (3,)."""
+    posterior = model.encode(batch).latent_dist
+    decoded = model.decode(posterior.sample(generator=generator)).sample
+    l1 = (decoded - batch).abs().mean()
+    return torch.stack([l1, perceptual_distance(network, decoded, batch), posterior.kl().mean()])
 
 
-def _save(model: AutoencoderKL, out: Path, progress: dict[str, float]) -> None:
+def _save(model: AutoencoderKL, out: Path, budget: Budget) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), out / "autoencoder.safetensors.part")
     (out / "autoencoder.safetensors.part").rename(out / "autoencoder.safetensors")
-    (out / "autoencoder.json").write_text(json.dumps(progress))
+    budget.save()
 
 
 @torch.inference_mode()

@@ -7,6 +7,8 @@ frame. Everything here is a pure function of the pixels, so captions can be reco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 COLOURS = ("black", "white", "grey", "red", "brown", "yellow", "green", "blue")
@@ -86,7 +88,7 @@ def caption(
     return f"{sentence}, {COLOURS[background]} background"
 
 
-def captions(class_names: list[str], labels: np.ndarray, measured: np.ndarray) -> list[str]:
+def captions(class_names: Sequence[str], labels: np.ndarray, measured: np.ndarray) -> list[str]:
     """The full caption of each image from its label (N,) and measured attributes (N, 3)."""
     return [
         caption(class_names[label], subject, background, bool(close))

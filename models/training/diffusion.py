@@ -6,11 +6,10 @@ Stable Diffusion model.
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +20,16 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.training.autoencoder import LATENT_CHANNELS
+from models.training.budget import Budget
 
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 24
 _TEXT_WIDTH = 96
 _CAPTION_DROPOUT = 0.1
-_CHECKPOINT_S = 300.0
+_EMA_DECAY = 0.9995
+_EMPTY = 0  # row of the empty caption
+_LOG_STEPS = 200
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -88,6 +90,24 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return ids
 
 
+class CaptionTokens(NamedTuple):
+    """The captions of a training set as rows of `tokens`."""
+
+    tokens: Tensor
+    """(K, 24), the distinct captions; the first is the empty one."""
+    choices: Tensor
+    """(N, choices) of rows: any of them may stand for the image."""
+
+
+def caption_tokens(captions: list[list[str]], tokenizer: CLIPTokenizer) -> CaptionTokens:
+    """Tokens of the captions, of which image i has `captions[i]`; shorter lists are repeated."""
+    texts = sorted({text for choices in captions for text in choices} | {""})
+    row = {text: i for i, text in enumerate(texts)}
+    width = max(map(len, captions))
+    rows = [[row[choices[k % len(choices)]] for k in range(width)] for choices in captions]
+    return CaptionTokens(tokenize(tokenizer, texts), torch.tensor(rows))
+
+
 def train_diffusion(
     latents: Tensor,
     captions: list[list[str]],
@@ -109,61 +129,34 @@ def train_diffusion(
     model = TextToLatents(tokenizer)
     average = deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    progress = _resume(model, average, optimizer, out)
-    generator = torch.Generator().manual_seed(seed + int(progress["steps"]))
-    texts = sorted({t for choices in captions for t in choices} | {""})
-    index = {t: i for i, t in enumerate(texts)}
-    choice = torch.full((len(captions), max(map(len, captions))), -1)
-    for i, choices in enumerate(captions):
-        for k in range(choice.shape[1]):
-            choice[i, k] = index[choices[k % len(choices)]]
-    tokens = tokenize(tokenizer, texts)
-    scheduler = make_scheduler()
-    started = last_saved = time.monotonic()
-    before_s, recent = progress["seconds"], []
-    while True:
-        now_s = before_s + time.monotonic() - started
-        done = now_s / (60 * minutes) if max_steps is None else progress["steps"] / max_steps
-        if done >= 1:
-            break
-        step = int(progress["steps"])
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                lr * min(1.0, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * done)))
-            )
-        loss = diffusion_loss(
-            model, scheduler, latents, choice, tokens, index[""], batch_size, generator
-        )
+    budget = Budget(out / "diffusion.json", minutes=minutes, max_steps=max_steps)
+    if budget.steps:
+        _resume(model, average, optimizer, out, budget.steps)
+    generator = torch.Generator().manual_seed(seed + budget.steps)
+    texts, scheduler = caption_tokens(captions, tokenizer), make_scheduler()
+    recent: list[float] = []
+    while budget.spent < 1:
+        budget.set_lr(optimizer, lr, warmup_steps=300, floor=0.01)
+        loss = diffusion_loss(model, scheduler, latents, texts, batch_size, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        progress["steps"] += 1
-        decay = min(0.9995, (step + 1) / (step + 20))
-        with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
+        budget.steps += 1
+        _update_average(average, model, budget.steps)
         recent.append(loss.item())
-        if len(recent) == 200:
-            seen = int(progress["steps"]) * batch_size
+        if len(recent) == _LOG_STEPS:
             logger.info(
                 "diffusion step %d (%.1f min, %d images): loss %.4f",
-                step + 1,
-                now_s / 60,
-                seen,
+                budget.steps,
+                budget.seconds / 60,
+                budget.steps * batch_size,
                 np.mean(recent),
             )
             recent.clear()
-        if time.monotonic() - last_saved > _CHECKPOINT_S:
-            last_saved = time.monotonic()
-            _save(model, average, optimizer, out, progress | {"seconds": now_s})
-    _save(
-        model,
-        average,
-        optimizer,
-        out,
-        progress | {"seconds": before_s + time.monotonic() - started},
-    )
+        if budget.is_save_due():
+            _save(model, average, optimizer, out, budget)
+    _save(model, average, optimizer, out, budget)
     return average.eval()
 
 
@@ -171,9 +164,7 @@ def diffusion_loss(
     model: TextToLatents,
     scheduler: DDIMScheduler,
     latents: Tensor,
-    choice: Tensor,
-    tokens: Tensor,
-    empty: int,
+    texts: CaptionTokens,
     batch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
@@ -186,30 +177,34 @@ def diffusion_loss(
     # Stratified over the batch, for a less noisy loss.
     spread = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
     timesteps = (spread * scheduler.config.num_train_timesteps).long()
-    picked = choice[rows, torch.randint(choice.shape[1], (batch_size,), generator=generator)]
-    picked[torch.rand(batch_size, generator=generator) < _CAPTION_DROPOUT] = empty
+    columns = torch.randint(texts.choices.shape[1], (batch_size,), generator=generator)
+    picked = texts.choices[rows, columns]
+    picked[torch.rand(batch_size, generator=generator) < _CAPTION_DROPOUT] = _EMPTY
     distinct, back = picked.unique(return_inverse=True)
     noisy = scheduler.add_noise(clean, noise, timesteps)
     wanted = scheduler.get_velocity(clean, noise, timesteps)
-    return F.mse_loss(model(noisy, timesteps, tokens[distinct], back), wanted)
+    return F.mse_loss(model(noisy, timesteps, texts.tokens[distinct], back), wanted)
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, model: nn.Module, steps: int) -> None:
+    decay = min(_EMA_DECAY, steps / (steps + 19))
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
 
 
 def _resume(
-    model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, out: Path
-) -> dict[str, float]:
-    if not (out / "diffusion.json").exists():
-        return {"steps": 0, "seconds": 0.0}
+    model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, out: Path, steps: int
+) -> None:
     model.load_state_dict(load_file(out / "diffusion.safetensors"))
     average.load_state_dict(load_file(out / "diffusion_ema.safetensors"))
     moments = load_file(out / "diffusion_moments.safetensors")
-    progress: dict[str, float] = json.loads((out / "diffusion.json").read_text())
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(progress["steps"])),
+            "step": torch.tensor(float(steps)),
             "exp_avg": moments[f"{name}.exp_avg"],
             "exp_avg_sq": moments[f"{name}.exp_avg_sq"],
         }
-    return progress
 
 
 def _save(
@@ -217,7 +212,7 @@ def _save(
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
     out: Path,
-    progress: dict[str, float],
+    budget: Budget,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     moments = {
@@ -233,7 +228,7 @@ def _save(
     ):
         save_file(tensors, out / f"{name}.safetensors.part")
         (out / f"{name}.safetensors.part").rename(out / f"{name}.safetensors")
-    (out / "diffusion.json").write_text(json.dumps(progress))
+    budget.save()
 
 
 def make_pipeline(

@@ -12,13 +12,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.training.captioner import attributes, caption
+from models.training.captioner import COLOURS, attributes
+from models.training.captioner import captions as full_captions
 from models.training.classifier import SmallResNet, predict, tensor_from_images
+from models.training.photos import CLASSES
 
 logger = logging.getLogger(__name__)
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _GUIDANCE = (1.0, 2.0, 3.0, 4.0, 5.0)
+_SHEET_GUIDANCE = 3.0
 _STEPS = 15
 _CAPTIONS, _PER_CAPTION = 100, 10
 _BATCH = 100
@@ -85,59 +87,67 @@ def judge(
     pipeline = load(folder)
     rng = np.random.default_rng(0)
     chosen = [captions[i] for i in sorted(rng.choice(len(captions), _CAPTIONS, replace=False))]
-    texts = [
-        caption(CLASSES[label], s, b, bool(c))
-        for label, (s, b, c) in zip(labels, measured, strict=True)
-    ]
-    by_text: dict[str, list[int]] = {}
-    for i, text in enumerate(texts):
-        by_text.setdefault(text, []).append(i)
-    real_rows = np.concatenate([rng.permutation(by_text[t])[:_PER_CAPTION] for t in chosen])
-    real_groups = np.concatenate(
-        [np.full(min(_PER_CAPTION, len(by_text[t])), k) for k, t in enumerate(chosen)]
-    )
-    real_features = embed(network, photos[real_rows])
-    real_spread = spread_within(real_features, real_groups)
-    real_accuracy = float(
-        (predict(network, tensor_from_images(test)).numpy() == test_labels).mean()
+    real_spread = _real_spread(
+        network, photos, full_captions(CLASSES, labels, measured), chosen, rng
     )
     reconstructed = _reconstruct(pipeline, test)
-    figures: dict[str, object] = {
-        "classifier_on_real_test": real_accuracy,
-        "classifier_on_reconstructed_test": float(
-            (predict(network, tensor_from_images(reconstructed)).numpy() == test_labels).mean()
-        ),
+    by_guidance = {}
+    for guidance in _GUIDANCE:
+        pictures = draw(pipeline, [t for t in chosen for _ in range(_PER_CAPTION)], guidance, 1000)
+        row = _figures_of_pictures(network, pictures, chosen, real_spread)
+        row |= nearest_photo(pictures, photos, test)
+        logger.info("guidance %.1f: %s", guidance, row)
+        by_guidance[str(guidance)] = row
+    sheet(pipeline, _SHEET_GUIDANCE).save(folder / "sheet.png")
+    return {
+        "classifier_on_real_test": _accuracy(network, test, test_labels),
+        "classifier_on_reconstructed_test": _accuracy(network, reconstructed, test_labels),
         "reconstruction_mse_0_1": float(
             np.square((reconstructed.astype(float) - test) / 255).mean()
         ),
         "captions": len(captions),
         "spread_within_caption_real": real_spread,
-        "by_guidance": {},
+        "by_guidance": by_guidance,
     }
-    prompts = [t for t in chosen for _ in range(_PER_CAPTION)]
-    wanted = np.array([_class_of(t) for t in prompts])
+
+
+def _real_spread(
+    network: SmallResNet,
+    photos: np.ndarray,
+    texts: list[str],
+    chosen: list[str],
+    rng: np.random.Generator,
+) -> float:
+    """`spread_within` of up to ten random photos of each chosen caption."""
+    by_text: dict[str, list[int]] = {}
+    for i, text in enumerate(texts):
+        by_text.setdefault(text, []).append(i)
+    rows = [rng.permutation(by_text[text])[:_PER_CAPTION] for text in chosen]
+    groups = np.repeat(np.arange(len(chosen)), [len(r) for r in rows])
+    return spread_within(embed(network, photos[np.concatenate(rows)]), groups)
+
+
+def _figures_of_pictures(
+    network: SmallResNet, pictures: np.ndarray, chosen: list[str], real_spread: float
+) -> dict[str, float]:
+    """Do pictures, ten of each chosen caption, show what it says, and differ from each other?"""
+    prompts = [text for text in chosen for _ in range(_PER_CAPTION)]
+    wanted = np.array([_class_of(text) for text in prompts])
+    backgrounds = [f", {COLOURS[b]} background" for b in attributes(pictures)[:, 1]]
     groups = np.repeat(np.arange(len(chosen)), _PER_CAPTION)
-    for guidance in _GUIDANCE:
-        pictures = draw(pipeline, prompts, guidance, seed=1000)
-        features = embed(network, pictures)
-        named = predict(network, tensor_from_images(pictures)).numpy()
-        said = attributes(pictures)
-        background = [
-            caption(CLASSES[w], None, int(a[1])).split(", ")[1]
-            for w, a in zip(wanted, said, strict=True)
-        ]
-        row = {
-            "class_accuracy": float((named == wanted).mean()),
-            "background_accuracy": float(
-                np.mean([p.endswith(b) for p, b in zip(prompts, background, strict=True)])
-            ),
-            "spread_within_caption": spread_within(features, groups),
-            "spread_ratio": spread_within(features, groups) / real_spread,
-        } | nearest_photo(pictures, photos, test)
-        logger.info("guidance %.1f: %s", guidance, row)
-        figures["by_guidance"][str(guidance)] = row  # type: ignore[index]
-    sheet(pipeline, 3.0).save(folder / "sheet.png")
-    return figures
+    spread = spread_within(embed(network, pictures), groups)
+    return {
+        "class_accuracy": _accuracy(network, pictures, wanted),
+        "background_accuracy": float(
+            np.mean([p.endswith(b) for p, b in zip(prompts, backgrounds, strict=True)])
+        ),
+        "spread_within_caption": spread,
+        "spread_ratio": spread / real_spread,
+    }
+
+
+def _accuracy(network: SmallResNet, images: np.ndarray, labels: np.ndarray) -> float:
+    return float((predict(network, tensor_from_images(images)).numpy() == labels).mean())
 
 
 def _class_of(text: str) -> int:

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+# Of CIFAR-10, by label.
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 def load_photos(tar: Path, num_classes: int, size_px: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """All images (N, size, size, 3) uint8 and labels (N,) of a tar, sorted by member name.

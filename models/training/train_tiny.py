@@ -29,35 +29,19 @@ from models.training.autoencoder import (
     normalise_latents,
     train_autoencoder,
 )
-from models.training.captioner import COLOURS, attributes, caption
+from models.training.captioner import COLOURS, attributes, caption, captions
 from models.training.classifier import SmallResNet, train_classifier
 from models.training.diffusion import MAX_TOKENS, TextToLatents, make_pipeline, train_diffusion
 from models.training.judge import judge
-from models.training.photos import load_photos
+from models.training.photos import CLASSES, load_photos
 from models.training.vocabulary import make_tokenizer
 
 logger = logging.getLogger(__name__)
 
-CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
 _WORDS = (
-    *CLASSES,
-    *COLOURS,
-    *"a",
-    "an",
-    "close",
-    "up",
-    "of",
-    "background",
-    "photo",
-    "the",
-    "in",
-    "on",
-    "with",
-    "-",
-    ",",
-)
+    *CLASSES, *COLOURS, "a", "an", "close", "up", "of", "background", "photo", "the", "in", "on",
+    "with", "-", ",",
+)  # fmt: skip
 _RARE = 20  # captions of fewer photos lose their attributes one by one
 _PERCEPTUAL_WIDTH, _JUDGE_WIDTH = 16, 32
 
@@ -86,10 +70,7 @@ def caption_choices(labels: np.ndarray, measured: np.ndarray) -> list[list[str]]
 
 def common_captions(labels: np.ndarray, measured: np.ndarray) -> list[tuple[str, int]]:
     """Distinct full captions of at least 20 photos, with their number, most frequent first."""
-    counts = Counter(
-        caption(CLASSES[label], subject, background, bool(close))
-        for label, (subject, background, close) in zip(labels, measured, strict=True)
-    )
+    counts = Counter(captions(CLASSES, labels, measured))
     return [(text, count) for text, count in counts.most_common() if count >= _RARE]
 
 
@@ -123,27 +104,13 @@ def _normalised(
 
 def main() -> None:
     """Run the stages that are missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--bpe", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--model", type=Path, default=Path("models/tiny"))
-    parser.add_argument("--autoencoder-minutes", type=float, default=35)
-    parser.add_argument("--diffusion-minutes", type=float, default=90)
-    parser.add_argument(
-        "--stop-after", choices=("autoencoder", "diffusion", "judge"), default="judge"
-    )
-    options = parser.parse_args()
+    options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     options.model.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-
     images, labels = load_photos(options.data / "generator" / "cifar10_train.tar.xz", len(CLASSES))
-    network = _network(
-        options.out / "perceptual.safetensors", images, labels, _PERCEPTUAL_WIDTH, 5, 1
-    )
+    perceptual = options.out / "perceptual.safetensors"
+    network = _network(perceptual, images, labels, _PERCEPTUAL_WIDTH, epochs=5, seed=1)
     autoencoder, latents = _normalised(images, network, options.out, options.autoencoder_minutes)
     if options.stop_after == "autoencoder":
         return
@@ -157,21 +124,35 @@ def main() -> None:
         minutes=options.diffusion_minutes,
     )
     common = common_captions(labels, measured)
-    (options.model / "captions.tsv").write_text(
-        "".join(f"{text}\t{count}\n" for text, count in common)
-    )
+    lines = [f"{text}\t{count}\n" for text, count in common]
+    (options.model / "captions.tsv").write_text("".join(lines))
     make_pipeline(autoencoder, model, tokenizer).save_pretrained(options.model, variant=None)
     _halve(options.model)
     if options.stop_after == "diffusion":
         return
-    test, test_labels = load_photos(
-        options.data / "probe" / "cifar10" / "test.tar.xz", len(CLASSES)
-    )
-    examiner = _network(options.out / "judge.safetensors", images, labels, _JUDGE_WIDTH, 8, 2)
+    test, test_labels = load_photos(options.data / "probe/cifar10/test.tar.xz", len(CLASSES))
+    examiner_file = options.out / "judge.safetensors"
+    examiner = _network(examiner_file, images, labels, _JUDGE_WIDTH, epochs=8, seed=2)
     figures = judge(
         options.model, examiner, images, labels, measured, test, test_labels, [t for t, _ in common]
     )
     (options.model / "judgement.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--bpe", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--model", type=Path, default=Path("models/tiny"))
+    parser.add_argument("--autoencoder-minutes", type=float, default=35)
+    parser.add_argument("--diffusion-minutes", type=float, default=90)
+    parser.add_argument(
+        "--stop-after", choices=("autoencoder", "diffusion", "judge"), default="judge"
+    )
+    return parser.parse_args()
 
 
 def _halve(folder: Path) -> None:

@@ -43,8 +43,8 @@ def needed_merges(merges: list[tuple[str, str]], words: list[str]) -> list[tuple
 
 def make_tokenizer(bpe_gz: Path, words: list[str], max_tokens: int, folder: Path) -> CLIPTokenizer:
     """Write the cut vocabulary into `folder` and load it as a CLIPTokenizer of `max_tokens`."""
-    lines = gzip.decompress(bpe_gz.read_bytes()).decode().split("\n")[1:_LAST_MERGE]
-    merges = needed_merges([(a, b) for a, b in (line.split() for line in lines)], words)
+    lines = gzip.decompress(bpe_gz.read_bytes()).decode().splitlines()[1:_LAST_MERGE]
+    merges = needed_merges([(a, b) for a, b in map(str.split, lines)], words)
     letters = bytes_to_characters()
     tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
