@@ -73,6 +73,9 @@ class Stack:
         self.trainer_url = f"http://127.0.0.1:{self._trainer_port}"
 
     def __enter__(self) -> Stack:
+        # Explicit: a shell's background job inherits an ignored SIGINT, and SIGTERM must stop too.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         try:
             self._start_all()
         except BaseException:
@@ -198,8 +201,10 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
 @contextlib.contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     """A second Ctrl-C must not leave children behind; stopping is bounded in time anyway."""
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    former = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        for number, handler in zip(numbers, former, strict=True):
+            signal.signal(number, handler)
