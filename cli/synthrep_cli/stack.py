@@ -129,12 +129,19 @@ class Stack:
 
     def _start_all(self) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
-        redis_url = self.config.redis_url
-        if redis_url is None:
-            redis_url = f"redis://127.0.0.1:{self._redis_port}/0"
+        if self.config.redis_url is None:
             folder = self.config.folder / "redis"
             self._start("redis", "synthrep_cli.embedded_redis", str(self._redis_port), str(folder))
-        self._environment = {
+        self._start("generator-api", "synthrep_generator.api")
+        self._start("reconciler", "synthrep_generator.reconciler")
+        for number in range(self.config.workers):
+            self._start(f"generator-worker-{number}", "synthrep_generator.worker")
+        self._start("trainer-api", "synthrep_trainer.api")
+        self._start("launcher", "synthrep_trainer.launcher")
+
+    def _environment(self) -> dict[str, str]:
+        redis_url = self.config.redis_url or f"redis://127.0.0.1:{self._redis_port}/0"
+        return {
             **os.environ,
             "SYNTHREP_GENERATOR_ROOT": str(self.config.data),
             "SYNTHREP_GENERATOR_PORT": str(self._generator_port),
@@ -146,22 +153,15 @@ class Stack:
             "OMP_WAIT_POLICY": "passive",
             **self.config.environment,
         }
-        self._start("generator-api", "synthrep_generator.api")
-        self._start("reconciler", "synthrep_generator.reconciler")
-        for number in range(self.config.workers):
-            self._start(f"generator-worker-{number}", "synthrep_generator.worker")
-        self._start("trainer-api", "synthrep_trainer.api")
-        self._start("launcher", "synthrep_trainer.launcher")
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
-        environment = getattr(self, "_environment", dict(os.environ))
         with (self._logs / f"{name}.log").open("wb") as log:
             self._children[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=self._environment(),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
