@@ -21,6 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from synthrep_shared.errors import AlreadyDecidedError, CommitLogError
+from synthrep_shared.failpoints import failpoint
 from synthrep_shared.storage import sync_folder
 
 VERSION = 1
@@ -77,32 +78,36 @@ class LogReader:
 
     def poll(self, max_bytes: int = 16 << 20) -> list[CommitRecord]:
         """New records, oldest first, or none; raises CommitLogError on a bad line."""
-        try:
-            with self._path.open("rb") as stream:
-                stream.seek(self._offset)
-                data = stream.read(max_bytes)
-                if len(data) == max_bytes and b"\n" not in data:
-                    data += stream.readline()
-        except FileNotFoundError:
-            return []
+        data = self._read(max_bytes)
         whole = data[: data.rfind(b"\n") + 1]
-        records = []
-        for line in whole.splitlines():
-            record = self._parse(line)
-            if record.seq != self.seq + 1:
-                raise CommitLogError(f"{self._path}: expected seq {self.seq + 1}, got {record.seq}")
-            self.seq = record.seq
-            records.append(record)
+        records = [
+            self._parse(line, seq) for seq, line in enumerate(whole.splitlines(), self.seq + 1)
+        ]
+        self.seq += len(records)
         self._offset += len(whole)
         return records
 
-    def _parse(self, line: bytes) -> CommitRecord:
+    def _read(self, max_bytes: int) -> bytes:
+        # One system call, lest a torn line is read and then the end of the line in its place.
+        try:
+            with self._path.open("rb", buffering=0) as stream:
+                data = os.pread(stream.fileno(), max_bytes, self._offset)
+                while len(data) == max_bytes and b"\n" not in data:
+                    max_bytes *= 2
+                    data = os.pread(stream.fileno(), max_bytes, self._offset)
+        except FileNotFoundError:
+            return b""
+        return data
+
+    def _parse(self, line: bytes, seq: int) -> CommitRecord:
         try:
             record = CommitRecord.model_validate_json(line)
         except ValidationError as error:
-            raise CommitLogError(f"{self._path}: malformed line after seq {self.seq}") from error
+            raise CommitLogError(f"{self._path}: malformed line after seq {seq - 1}") from error
         if record.version != VERSION:
             raise CommitLogError(f"{self._path}: version {record.version} is not {VERSION}")
+        if record.seq != seq:
+            raise CommitLogError(f"{self._path}: expected seq {seq}, got {record.seq}")
         return record
 
 
@@ -187,8 +192,7 @@ class CommitLog:
         Raises AlreadyDecidedError, before `name` is called, if a group of a shard or failure has
         an outcome already.
         """
-        with self._thread_lock, self._locked():
-            self._cut_torn_line()
+        with self.exclusive():
             seq = self.refresh() + 1
             if kind in ("shard", "failure"):
                 decided = [g.gid for g in groups if self.outcomes.is_decided(g.batch, g.index)]
@@ -203,18 +207,21 @@ class CommitLog:
             return record
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[int]:
+        """Keep all writers out; cuts a torn last line off and gives the bytes that it had."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with (self._path.parent / "lock").open("a") as lock:
+        with self._thread_lock, (self._path.parent / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield self._cut_torn_line()
 
-    def _cut_torn_line(self) -> None:
+    def _cut_torn_line(self) -> int:
         if not self._path.exists():
-            return
+            return 0
         self.refresh()
-        if self._path.stat().st_size > self._reader.offset:
+        torn_bytes = self._path.stat().st_size - self._reader.offset
+        if torn_bytes > 0:
             os.truncate(self._path, self._reader.offset)
+        return torn_bytes
 
     def _write_line(self, line: bytes) -> None:
         is_new = not self._path.exists()
@@ -224,6 +231,7 @@ class CommitLog:
             try:
                 if stream.write(line) != len(line):
                     raise OSError(errno.ENOSPC, "short write to the commit log")
+                failpoint("line-written")
                 os.fsync(stream.fileno())
             except OSError:
                 os.truncate(self._path, before)

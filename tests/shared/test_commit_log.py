@@ -71,6 +71,32 @@ def test_torn_last_line_is_no_line_and_the_next_writer_cuts_it(log, path):
     assert [r.seq for r in reader.poll()] == [2]
 
 
+def test_a_reader_goes_on_where_a_malformed_line_was_mended(log, path):
+    shard(log, ref(0))
+    shard(log, ref(1))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"seq":2', b'"seq":]'))
+    reader = LogReader(path)
+    with pytest.raises(CommitLogError, match="malformed"):
+        reader.poll()
+    path.write_bytes(whole)
+    assert [r.seq for r in reader.poll()] == [1, 2]
+
+
+def test_writers_wait_while_one_process_has_the_log_for_itself(log, path):
+    shard(log, ref(0))
+    with path.open("ab") as stream:
+        stream.write(b"torn")
+    writer = threading.Thread(target=lambda: shard(CommitLog(path), ref(1)))
+    with log.exclusive() as cut_bytes:
+        assert cut_bytes == 4
+        writer.start()
+        writer.join(0.1)
+        assert log.refresh() == 1
+    writer.join()
+    assert log.refresh() == 2
+
+
 def test_hole_in_the_sequence_is_an_error(log, path):
     shard(log, ref(0))
     line = json.loads(path.read_text())
