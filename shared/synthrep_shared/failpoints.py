@@ -11,14 +11,23 @@ import os
 EXIT_STATUS = 77
 NAMES = frozenset(
     {
+        "batch-written",
+        "batch-published",
         "chunk-registered",
         "chunk-enqueued",
         "chunk-popped",
         "chunk-leased",
         "chunk-acknowledged",
+        "chunk-forgotten",
+        "chunk-dropped",
+        "chunk-split",
+        "lost-chunk-forgotten",
+        "group-written",
         "shard-half-written",
         "shard-written",
+        "file-linked",
         "shard-published",
+        "line-written",
         "shard-committed",
         "failure-published",
         "failure-committed",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synthrep_shared.errors import StorageError
+from synthrep_shared.failpoints import failpoint
 from synthrep_shared.samples import DATASET_PATTERN
 
 _DATASET = re.compile(DATASET_PATTERN)
@@ -95,6 +96,7 @@ def publish_file(written: Path, final: Path) -> bool:
     """Give the flushed file `written` its final name and remove it; False if that name exists."""
     try:
         os.link(written, final)
+        failpoint("file-linked")
     except FileExistsError:
         return False
     finally:

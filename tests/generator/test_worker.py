@@ -17,6 +17,7 @@ import pytest
 import redis
 from PIL import Image
 
+from synthrep_generator.chunks import Place, chunk_from_places
 from synthrep_generator.intake import IntakeReader, list_batches
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.synthesis import ImageTask, paint
@@ -26,6 +27,7 @@ from synthrep_shared.storage import sha256_file
 
 pytestmark = pytest.mark.redis
 Make = Callable[..., Any]
+OF_THE_API = {"batch-written", "batch-published"}
 
 
 def prompts(count: int) -> list[str]:
@@ -232,8 +234,18 @@ def test_a_full_disk_makes_workers_wait(make: Make) -> None:
 
 def test_a_process_may_die_at_every_step(make: Make, tmp_path: Path) -> None:
     stack = make(lease_s=0.6)
-    for number, name in enumerate(sorted(NAMES)):
-        stack.accept(["a", "b [fake:refuse]", "c"], batch=f"b{number}")
+    names = sorted(NAMES - OF_THE_API)
+    crashing = set()
+    for number, name in enumerate(names):
+        texts = ["a", "b [fake:refuse]", "c"]
+        if name in ("chunk-dropped", "chunk-split"):
+            texts[2] += " [fake:crash]"
+            crashing.add((f"b{number}", 2))
+        stack.accept(texts, batch=f"b{number}")
+        if name == "lost-chunk-forgotten":
+            queue = WorkQueue(stack.settings)
+            queue.feed(chunk_from_places("birds", [Place(f"b{number}", 0)]))
+            queue.redis.delete(queue.rq.key)
         marker = tmp_path / name
         environment = {"SYNTHREP_FAILPOINT": name, "SYNTHREP_FAILPOINT_MARKER": str(marker)}
         processes = [stack.start(part, **environment) for part in ("reconciler", "worker")]
@@ -243,6 +255,6 @@ def test_a_process_may_die_at_every_step(make: Make, tmp_path: Path) -> None:
             process.wait()
     stack.start("reconciler")
     stack.start("worker")
-    stack.wait_for(lambda: len(stack.decided()) == 3 * len(NAMES))
-    verify(stack, {(f"b{number}", 1) for number in range(len(NAMES))})
+    stack.wait_for(lambda: len(stack.decided()) == 3 * len(names))
+    verify(stack, {(f"b{number}", 1) for number in range(len(names))} | crashing)
     assert EXIT_STATUS == 77

@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from synthrep_generator.errors import IntakeError
+from synthrep_shared.failpoints import failpoint
 from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.samples import group_id
 from synthrep_shared.storage import DatasetPaths, publish_bytes, publish_file, temporary_path
@@ -58,7 +59,10 @@ def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]
                 stream.write(json.dumps({"index": index, "prompt": prompt}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        return publish_file(written, _path(paths, header.id))
+        failpoint("batch-written")
+        is_first = publish_file(written, _path(paths, header.id))
+        failpoint("batch-published")
+        return is_first
     finally:
         written.unlink(missing_ok=True)
 

@@ -70,6 +70,7 @@ class Lease:
     def run_again(self) -> None:
         """End the run of a chunk that crashed its process; the strike stays."""
         self._drop()
+        failpoint("chunk-dropped")
         self._queue.enqueue(self._chunk)
 
     def replace(self, chunks: list[Chunk]) -> None:
@@ -79,9 +80,11 @@ class Lease:
         self._drop()
         for chunk in chunks:
             self._queue.feed(chunk)
+            failpoint("chunk-split")
 
     def _end(self) -> None:
         self._queue.forget(self._chunk.id)
+        failpoint("chunk-forgotten")
         self._drop()
         self._queue.nudge()
 

@@ -22,6 +22,7 @@ from synthrep_generator.janitor import remove_leftovers
 from synthrep_generator.queues import InFlight, WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.errors import CommitLogError
+from synthrep_shared.failpoints import failpoint
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.storage import DatasetPaths, list_datasets
 
@@ -121,6 +122,7 @@ class Reconciler:
         places = self._left_to_do(chunk)
         if not self._queue.forget(chunk.id) or not places:
             return False
+        failpoint("lost-chunk-forgotten")
         logger.info("lost chunk returned", extra={"chunk": chunk.id, "prompts": len(places)})
         return self._queue.feed(chunk_from_places(chunk.dataset, places), at_front=True)
 

@@ -78,6 +78,7 @@ class ShardWriter:
         start = self._num_bytes
         self._write([part for name, content in members for part in tar_member(name, content)])
         self._spans[gid] = (start, self._num_bytes - start)
+        failpoint("group-written")
 
     def finish(self) -> WrittenShard:
         """End the tar and flush it to disk; nothing can be added afterwards."""
