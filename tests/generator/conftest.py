@@ -22,7 +22,7 @@ from synthrep_generator.queues import QueueView, WorkerView
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef
 from synthrep_shared.messages import GenerationSettings
-from synthrep_shared.samples import SampleMetadata, caption_id, member_name
+from synthrep_shared.samples import SampleMetadata, caption_id, image_seed, member_name
 from synthrep_shared.storage import DatasetPaths
 
 
@@ -146,7 +146,7 @@ def _tar(refs: Sequence[GroupRef], prompts: dict[int, str]) -> bytes:
                     caption_id=ref.caption_id,
                     gid=ref.gid,
                     image_index=k,
-                    seed=k,
+                    seed=image_seed(ref.gid, k, request_seed=None, index=ref.index),
                     model="tiny",
                     model_revision="r",
                     scheduler="ddim",
