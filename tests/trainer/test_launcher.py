@@ -17,7 +17,7 @@ from synthrep_trainer.records import Wanted
 from synthrep_trainer.runs import Workplace, is_locked
 from synthrep_trainer.settings import TrainerSettings
 
-LIMIT_S = 20
+LIMIT_S = 120
 PRELUDE = """
 import os, signal, sys, time
 from datetime import UTC, datetime

@@ -24,7 +24,7 @@ from synthrep_trainer.recorder import RunRecorder
 from synthrep_trainer.runs import Workplace, locked
 from synthrep_trainer.settings import TrainerSettings
 
-LIMIT_S = 60
+LIMIT_S = 200
 
 
 def never() -> bool:
@@ -102,8 +102,22 @@ def test_the_loss_curve_is_bit_equal_through_interruptions(
     assert len(losses(whole)) == 11
 
 
-def start(folder, settings, *launch):
-    """The train process, as the launcher starts it, or through `launch`."""
+@pytest.fixture
+def start(settings):
+    """Starts the train process, as the launcher does, or through `launch`; leaves none behind."""
+    started = []
+
+    def start(folder, *launch):
+        started.append(start_process(folder, settings, *launch))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def start_process(folder, settings, *launch):
     environment = os.environ | {
         f"SYNTHREP_TRAINER_{name.upper()}": str(getattr(settings, name))
         for name in ("root", "runs", "device", "threads", "poll_s", "grace_s")
@@ -123,14 +137,14 @@ def wait_for_step(folder, step):
         time.sleep(0.005)
 
 
-def test_kill_9_and_sigterm_leave_the_curve_as_it_was(shard_maker, settings, submit):
+def test_kill_9_and_sigterm_leave_the_curve_as_it_was(shard_maker, settings, submit, start):
     shard_maker.commit(9)
     whole, cut = submit(max_steps=24), submit(max_steps=24)
-    killed = start(cut, settings)
+    killed = start(cut)
     wait_for_step(cut, 7)
     killed.kill()
     killed.wait()
-    stopped = start(cut, settings)
+    stopped = start(cut)
     wait_for_step(cut, 14)
     stopped.terminate()
     assert stopped.wait(LIMIT_S) == 0
@@ -269,15 +283,16 @@ def test_a_run_is_trained_by_one_process_at_a_time(shard_maker, submit, call_mai
     assert not run.failure.is_permanent
 
 
-def test_two_ranks_learn_what_one_does(shard_maker, settings, submit):
+def test_two_ranks_learn_what_one_does(shard_maker, settings, submit, start):
     shard_maker.commit(11)
-    alone, shared = (submit(max_steps=5, objective="simclr") for _ in range(2))
+    fields = {"max_steps": 4, "objective": "simclr", "captions_per_batch": 8, "lr": 1e-4}
+    alone, shared = submit(**fields), submit(**fields)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "--"]
-    assert start(shared, settings, *torchrun).wait(LIMIT_S) == 0
+    assert start(shared, *torchrun).wait(LIMIT_S) == 0
     assert train.run(alone, settings, never)
     assert losses(alone)[0] == pytest.approx(losses(shared)[0], rel=1e-4)
     # Adam's first updates turn rounding of the smallest gradients into whole steps.
     for one, two in zip(losses(alone), losses(shared), strict=True):
-        assert one == pytest.approx(two, rel=0.05)
+        assert one[0] == pytest.approx(two[0], rel=0.01)
     state = json.loads((list_checkpoints(shared.checkpoints)[-1].path / "state.json").read_text())
-    assert state["images_seen"] == 5 * alone.record.views_per_step
+    assert state["images_seen"] == 4 * alone.record.views_per_step

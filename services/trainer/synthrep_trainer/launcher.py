@@ -82,12 +82,12 @@ class Launcher:
 
 def main() -> None:
     """Sweep until SIGTERM or SIGINT."""
-    settings = TrainerSettings()
-    configure_logging("trainer", settings.log_level)
-    _log.info("launcher_started", extra={"settings": settings.model_dump(mode="json")})
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    settings = TrainerSettings()
+    configure_logging("trainer", settings.log_level)
+    _log.info("launcher_started", extra={"settings": settings.model_dump(mode="json")})
     launcher = Launcher(settings)
     while not stop.is_set():
         try:
