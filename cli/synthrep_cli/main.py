@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from synthrep_cli import dataset_commands
 from synthrep_cli import prompts as prompt_files
+from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.messages import MAX_PROMPTS_PER_REQUEST, ProbeRequest, RunRequest
@@ -25,12 +24,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-dataset_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 models_app = typer.Typer(help="Look at text-to-image models.", no_args_is_help=True)
-app.add_typer(dataset_app, name="dataset")
+app.add_typer(dataset_commands.app, name="dataset")
 app.add_typer(models_app, name="models")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _WATCH_S = 1.0
 
 
@@ -49,38 +46,6 @@ def options(
     """Options of every command."""
 
 
-@contextmanager
-def _errors_in_one_sentence() -> Iterator[None]:
-    try:
-        yield
-    except SynthRepError as error:
-        typer.secho(f"synthrep: {error}", err=True, fg="red")
-        raise typer.Exit(1) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        typer.secho(f"synthrep: {place}: {first['msg']}", err=True, fg="red")
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.echo("synthrep: interrupted", err=True)
-        raise typer.Exit(130) from None
-
-
-def _print_json(value: Any) -> None:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    typer.echo(json.dumps(value, indent=1))
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
-
-
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where runs and reports go.")] = Path("runs/demo"),
@@ -91,7 +56,7 @@ def demo(
     from synthrep_cli.demo import DemoConfig, load_captions, run_demo
     from synthrep_generator.settings import GeneratorSettings
 
-    with _errors_in_one_sentence():
+    with errors_in_one_sentence():
         path = GeneratorSettings().models["tiny"].path / "captions.tsv"
         config = DemoConfig(folder=folder, captions=captions, max_images=max_images)
         run_demo(config, load_captions(path, captions), Console())
@@ -110,7 +75,7 @@ def up(
         folder=folder.absolute(), workers=workers, redis_url=redis,
         generator_port=8000, trainer_port=8001,
     )  # fmt: skip
-    with _errors_in_one_sentence(), Stack(config) as stack:
+    with errors_in_one_sentence(), Stack(config) as stack:
         stack.wait_ready()
         typer.echo(f"generator  {stack.generator_url}/docs\ntrainer    {stack.trainer_url}/docs")
         typer.echo(f"files      {config.folder}\nCtrl-C stops everything")
@@ -130,7 +95,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Hand in captions; each becomes a group of images."""
-    with _errors_in_one_sentence(), SynthRep() as client:
+    with errors_in_one_sentence(), SynthRep() as client:
         texts = prompt_files.read(file)
         if not texts:
             raise SynthRepError(f"{file} holds no captions; expected one a line")
@@ -144,7 +109,7 @@ def submit(
             for i in range(0, len(texts), MAX_PROMPTS_PER_REQUEST)
         ]
         if as_json:
-            _print_json([a.model_dump(mode="json") for a in accepted])
+            print_json([a.model_dump(mode="json") for a in accepted])
             return
         for batch in accepted:
             typer.echo(f"{batch.id}  {batch.prompts_accepted} captions accepted")
@@ -157,12 +122,12 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Where the captions are."""
-    with _errors_in_one_sentence(), SynthRep() as client:
+    with errors_in_one_sentence(), SynthRep() as client:
         views = [client.batch(batch)] if batch else list(client.batches())
         if as_json:
-            _print_json([v.model_dump(mode="json") for v in views])
+            print_json([v.model_dump(mode="json") for v in views])
             return
-        _table(
+        print_table(
             "batches",
             ("id", "data set", "state", "accepted", "queued", "running", "committed", "failed",
              "images", "images/s", "ETA s"),
@@ -180,7 +145,7 @@ def watch() -> None:
     """Batches and runs, live, until Ctrl-C."""
     from rich.live import Live
 
-    with _errors_in_one_sentence(), SynthRep() as client, Live(refresh_per_second=2) as live:
+    with errors_in_one_sentence(), SynthRep() as client, Live(refresh_per_second=2) as live:
         while True:
             table = Table()
             for column in ("what", "id", "data set", "state", "progress", "speed", "loss"):
@@ -207,14 +172,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Start a training run."""
-    with _errors_in_one_sentence(), SynthRep() as client:
+    with errors_in_one_sentence(), SynthRep() as client:
         fields: dict[str, Any] = json.loads(config.read_text()) if config else {}
         fields["dataset"] = dataset
         if max_steps is not None:
             fields["max_steps"] = max_steps
         run = client.train(RunRequest.model_validate(fields))
         if as_json:
-            _print_json(run)
+            print_json(run)
         else:
             typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
 
@@ -227,7 +192,7 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Judge frozen features on a labelled set, and wait for the result."""
-    with _errors_in_one_sentence(), SynthRep() as client:
+    with errors_in_one_sentence(), SynthRep() as client:
         key = "checkpoint" if "/" in what else "run_id"
         request = ProbeRequest.model_validate({key: what, "dataset": dataset, "protocol": protocol})
         view = client.start_probe(request)
@@ -237,38 +202,23 @@ def probe(
         if view.state != "completed":
             raise SynthRepError(f"the probe failed: {view.error}")
         if as_json:
-            _print_json(view)
+            print_json(view)
             return
         from synthrep_cli.report import ProbeRow, probe_table
 
         Console().print(probe_table([ProbeRow.from_view(view)]))
 
 
-@dataset_app.command("ls")
-def dataset_ls(as_json: Json = False) -> None:
-    """Data sets and their size."""
-    with _errors_in_one_sentence(), SynthRep() as client:
-        views = list(client.datasets())
-        if as_json:
-            _print_json([v.model_dump(mode="json") for v in views])
-            return
-        _table(
-            "data sets",
-            ("name", "shards", "captions", "images", "MB"),
-            [(v.name, v.shards, v.groups, v.images, round(v.bytes / 1e6, 1)) for v in views],
-        )
-
-
 @models_app.command("ls")
 def models_ls(as_json: Json = False) -> None:
     """Text-to-image models by alias."""
-    with _errors_in_one_sentence(), SynthRep() as client:
+    with errors_in_one_sentence(), SynthRep() as client:
         items = client.request("GET", f"{client.generator_url}/v1/models")["items"]
         if as_json:
-            _print_json(items)
+            print_json(items)
             return
         keys = ("alias", "guidance_scale", "num_inference_steps", "store_px", "licence")
-        _table("models", keys, [tuple(item.get(k, "") for k in keys) for item in items])
+        print_table("models", keys, [tuple(item.get(k, "") for k in keys) for item in items])
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,111 @@
+"""`synthrep dataset …`: what there is, whether it is whole, and how to bring it in order.
+
+`ls` asks the service. `verify` and `repair` read the files themselves, so that they work where
+nothing runs, and while everything does.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
+from synthrep_shared.client import SynthRep
+from synthrep_shared.storage import DatasetPaths
+
+app = typer.Typer(help="Look at data sets, check and repair them.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="DATASET", help="Name of the data set.")]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the data sets; default: SYNTHREP_GENERATOR_ROOT, or runs/data."),
+]
+MinAge = Annotated[
+    float, typer.Option(min=0, help="Seconds after which a temporary file is left over.")
+]
+_JOB_LIMIT_S = 600.0  # no job writes for longer
+
+
+@app.command("ls")
+def ls(as_json: Json = False) -> None:
+    """Data sets and their size."""
+    with errors_in_one_sentence(), SynthRep() as client:
+        views = list(client.datasets())
+        if as_json:
+            print_json([v.model_dump(mode="json") for v in views])
+            return
+        print_table(
+            "data sets",
+            ("name", "shards", "captions", "images", "MB"),
+            [(v.name, v.shards, v.groups, v.images, round(v.bytes / 1e6, 1)) for v in views],
+        )
+
+
+@app.command("verify")
+def verify(
+    dataset: Name, root: Root = None, min_age: MinAge = _JOB_LIMIT_S, as_json: Json = False
+) -> None:
+    """Compare intake, commit log and shards; exit 1 if anything is damaged or left over.
+
+    Prompts that are still undecided are reported, and are no fault.
+    """
+    from synthrep_generator.verify import verify_dataset
+
+    with errors_in_one_sentence():
+        report = verify_dataset(_paths(root, dataset), now_s=time.time(), min_age_s=min_age)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(
+            f"{dataset}: {report.accepted} prompts accepted = {report.committed} committed + "
+            f"{report.failed} failed + {report.cancelled} cancelled + {report.undecided} undecided"
+        )
+        typer.echo(f"{report.shards} shards, {report.images} images, {report.bytes} bytes")
+        for damage in report.damage:
+            typer.echo(f"{damage.kind:8} {damage.file}: {damage.detail}")
+        for name in report.leftovers:
+            typer.echo(f"leftover {name}")
+        if report.torn_bytes:
+            typer.echo(f"the log ends with {report.torn_bytes} bytes of a torn line")
+        if report.duplicated:
+            typer.echo(f"{report.duplicated} outcomes of prompts that had one")
+        if report.is_clean:
+            typer.echo("nothing is missing, damaged or left over")
+        elif report.is_sound:
+            typer.echo(f"committed data is whole; clean up: synthrep dataset repair {dataset}")
+    if not report.is_clean:
+        raise typer.Exit(1)
+
+
+@app.command("repair")
+def repair(
+    dataset: Name, root: Root = None, min_age: MinAge = _JOB_LIMIT_S, as_json: Json = False
+) -> None:
+    """Remove orphans and old temporary files, cut a torn log line; committed data stays.
+
+    Safe while the services run. Exit 1 if the log cannot be read; nothing is removed then.
+    """
+    from synthrep_generator.repair import repair_dataset
+
+    with errors_in_one_sentence():
+        repairs = repair_dataset(_paths(root, dataset), now_s=time.time(), min_age_s=min_age)
+    if as_json:
+        print_json(repairs)
+        return
+    for name in repairs.removed:
+        typer.echo(f"removed {name}")
+    if repairs.cut_bytes:
+        typer.echo(f"cut {repairs.cut_bytes} bytes of a torn line off the log")
+    if not repairs.removed and not repairs.cut_bytes:
+        typer.echo("nothing to repair")
+
+
+def _paths(root: Path | None, dataset: str) -> DatasetPaths:
+    if root is None:
+        from synthrep_generator.settings import GeneratorSettings
+
+        root = GeneratorSettings().root
+    return DatasetPaths(root, dataset)
