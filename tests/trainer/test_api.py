@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -357,3 +358,24 @@ heavy = {{"torch", "cv2", "timm", "safetensors", "synthrep_trainer.loop"}} & set
 raise SystemExit(f"imported: {{heavy}}" if heavy else 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_service_ends_with_status_0_on_sigterm(settings):
+    environment = os.environ | {
+        "SYNTHREP_TRAINER_RUNS": str(settings.runs),
+        "SYNTHREP_TRAINER_PORT": "0",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "synthrep_trainer.api"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "running on" in line:
+            break
+    process.terminate()
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert "Traceback" not in rest

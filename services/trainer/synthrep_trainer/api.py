@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
+import sys
 from typing import Any
 
 import uvicorn
@@ -76,7 +78,9 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM, then end with status 0."""
+    # The server shuts down first and then raises the signal again for whoever had it before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = TrainerSettings()
     configure_logging("trainer-api", settings.log_level)
     _log.info("settings_read", extra={"settings": settings.model_dump(mode="json")})
