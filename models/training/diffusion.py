@@ -6,6 +6,7 @@ Stable Diffusion model.
 
 from __future__ import annotations
 
+import json
 import logging
 from copy import deepcopy
 from pathlib import Path
@@ -148,11 +149,8 @@ def train_diffusion(
         if len(recent) == _LOG_STEPS:
             logger.info(
                 "diffusion step %d (%.1f min, %d images): loss %.4f",
-                budget.steps,
-                budget.seconds / 60,
-                budget.steps * batch_size,
-                np.mean(recent),
-            )
+                budget.steps, budget.seconds / 60, budget.steps * batch_size, np.mean(recent),
+            )  # fmt: skip
             recent.clear()
         if budget.is_save_due():
             _save(model, average, optimizer, out, budget)
@@ -229,6 +227,19 @@ def _save(
         save_file(tensors, out / f"{name}.safetensors.part")
         (out / f"{name}.safetensors.part").rename(out / f"{name}.safetensors")
     budget.save()
+
+
+def start_from(weights: dict[str, Tensor], out: Path) -> None:
+    """Write a checkpoint of one step with these weights and no momentum, for `train_diffusion`."""
+    for name in ("diffusion", "diffusion_ema"):
+        save_file(weights, out / f"{name}.safetensors")
+    moments = {
+        f"{name}.{key}": torch.zeros_like(tensor)
+        for name, tensor in weights.items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    save_file(moments, out / "diffusion_moments.safetensors")
+    (out / "diffusion.json").write_text(json.dumps({"steps": 1, "seconds": 0.0}))
 
 
 def make_pipeline(

@@ -31,7 +31,13 @@ from models.training.autoencoder import (
 )
 from models.training.captioner import COLOURS, attributes, caption, captions
 from models.training.classifier import SmallResNet, train_classifier
-from models.training.diffusion import MAX_TOKENS, TextToLatents, make_pipeline, train_diffusion
+from models.training.diffusion import (
+    MAX_TOKENS,
+    TextToLatents,
+    make_pipeline,
+    start_from,
+    train_diffusion,
+)
 from models.training.judge import judge
 from models.training.photos import CLASSES, load_photos
 from models.training.vocabulary import make_tokenizer
@@ -43,7 +49,7 @@ _WORDS = (
     "with", "-", ",",
 )  # fmt: skip
 _RARE = 20  # captions of fewer photos lose their attributes one by one
-_PERCEPTUAL_WIDTH, _JUDGE_WIDTH = 16, 32
+_PERCEPTUAL_WIDTH, _JUDGE_WIDTH = 16, 24
 
 
 def caption_choices(labels: np.ndarray, measured: np.ndarray) -> list[list[str]]:
@@ -109,12 +115,21 @@ def main() -> None:
     options.model.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     images, labels = load_photos(options.data / "generator" / "cifar10_train.tar.xz", len(CLASSES))
+    measured = attributes(images)
+    if options.stage in ("all", "train"):
+        if options.continue_from:
+            _seed(options.continue_from, options.out)
+        _train(options, images, labels, measured)
+    if options.stage in ("all", "judge"):
+        _judge(options, images, labels, measured)
+
+
+def _train(
+    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray, measured: np.ndarray
+) -> None:
     perceptual = options.out / "perceptual.safetensors"
     network = _network(perceptual, images, labels, _PERCEPTUAL_WIDTH, epochs=5, seed=1)
     autoencoder, latents = _normalised(images, network, options.out, options.autoencoder_minutes)
-    if options.stop_after == "autoencoder":
-        return
-    measured = attributes(images)
     tokenizer = make_tokenizer(options.bpe, list(_WORDS), MAX_TOKENS, options.out / "tokenizer")
     model: TextToLatents = train_diffusion(
         latents,
@@ -123,20 +138,37 @@ def main() -> None:
         options.out / "diffusion",
         minutes=options.diffusion_minutes,
     )
-    common = common_captions(labels, measured)
-    lines = [f"{text}\t{count}\n" for text, count in common]
+    lines = [f"{text}\t{count}\n" for text, count in common_captions(labels, measured)]
     (options.model / "captions.tsv").write_text("".join(lines))
     make_pipeline(autoencoder, model, tokenizer).save_pretrained(options.model, variant=None)
     _halve(options.model)
-    if options.stop_after == "diffusion":
-        return
+
+
+def _judge(
+    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray, measured: np.ndarray
+) -> None:
     test, test_labels = load_photos(options.data / "probe/cifar10/test.tar.xz", len(CLASSES))
     examiner_file = options.out / "judge.safetensors"
-    examiner = _network(examiner_file, images, labels, _JUDGE_WIDTH, epochs=8, seed=2)
-    figures = judge(
-        options.model, examiner, images, labels, measured, test, test_labels, [t for t, _ in common]
-    )
+    examiner = _network(examiner_file, images, labels, _JUDGE_WIDTH, epochs=4, seed=2)
+    common = [text for text, _ in common_captions(labels, measured)]
+    figures = judge(options.model, examiner, images, labels, measured, test, test_labels, common)
     (options.model / "judgement.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _seed(model: Path, out: Path) -> None:
+    """Start from the weights of a pipeline folder where `out` has none of its own."""
+    if (out / "diffusion" / "diffusion.json").exists():
+        return
+    (out / "diffusion").mkdir(parents=True, exist_ok=True)
+    vae = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({k: v.float() for k, v in vae.items()}, out / "autoencoder_normalised.safetensors")
+    parts = {"text_encoder": "model", "unet": "diffusion_pytorch_model"}
+    weights = {
+        f"{part}.{name}": tensor.float()
+        for part, file in parts.items()
+        for name, tensor in load_file(model / part / f"{file}.safetensors").items()
+    }
+    start_from(weights, out / "diffusion")
 
 
 def _options() -> argparse.Namespace:
@@ -149,8 +181,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("models/tiny"))
     parser.add_argument("--autoencoder-minutes", type=float, default=35)
     parser.add_argument("--diffusion-minutes", type=float, default=90)
+    parser.add_argument("--stage", choices=("all", "train", "judge"), default="all")
     parser.add_argument(
-        "--stop-after", choices=("autoencoder", "diffusion", "judge"), default="judge"
+        "--continue-from", type=Path, help="pipeline folder whose weights to start from"
     )
     return parser.parse_args()
 
