@@ -333,6 +333,14 @@ def test_storage_that_fails_is_503(api, settings):
     assert is_problem(response, 503)
 
 
+def test_a_run_of_another_version_hides_no_other(api, place):
+    odd, run = (place.run(api.post("/v1/runs", json=RUN).json()["id"]) for _ in range(2))
+    (odd.path / "request.json").write_text("{}")
+    assert [v["id"] for v in api.get("/v1/runs").json()["items"]] == [run.id]
+    assert is_problem(api.get(f"/v1/runs/{odd.id}"), 503)
+    assert api.get("/metrics").status_code == 200
+
+
 def test_the_client_speaks_this_api(api, place):
     client = SynthRep("http://g", "", retries=0)
     client._http.close()

@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_changes_nothing(learner, batch, value):
     with torch.no_grad():
         learner._model.head.linears[2].bias.fill_(value)
     before = tensors(learner)
-    with pytest.raises(NonFiniteLossError, match="loss is nan at step 2"):
+    with pytest.raises(NonFiniteLossError, match="loss is nan .* at step 2"):
         learner.step(batch, step=2, lr=0.01)
     changed = [n for n, t in tensors(learner).items() if not torch.equal(t, before[n])]
     assert [name for name in changed if "bias" not in name and "running" not in name
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_no_number_stops_too(learner, batch):
     parameter = learner._model.head.linears[0].weight
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     before = parameter.detach().clone()
-    with pytest.raises(NonFiniteLossError, match="gradient is"):
+    with pytest.raises(NonFiniteLossError, match="its gradient (nan|inf)"):
         learner.step(batch, step=2, lr=0.01)
     assert torch.equal(parameter, before)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -14,6 +15,7 @@ from synthrep_trainer.problems import not_found
 from synthrep_trainer.runs import ProbeFolder, RunFolder, Workplace, is_id
 from synthrep_trainer.settings import TrainerSettings
 
+_log = logging.getLogger(__name__)
 MAX_PAGE = 1000
 
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items in one answer")]
@@ -24,6 +26,7 @@ RunId = Annotated[str, Path(max_length=128, description="Id of a run")]
 ProbeId = Annotated[str, Path(max_length=128, description="Id of a probe")]
 F = TypeVar("F", RunFolder, ProbeFolder)
 M = TypeVar("M", bound=BaseModel)
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ def newest_first(
         raise HTTPException(422, "cursor is not one that this list gave")
     older = [f for f in reversed(folders) if cursor is None or f.id < cursor]
     return older[:limit], older[limit - 1].id if len(older) > limit else None
+
+
+def readable(view: Callable[[F], V], folders: Sequence[F]) -> list[V]:
+    """The views of those folders whose files this version can read; the others are logged."""
+    views = []
+    for folder in folders:
+        try:
+            views.append(view(folder))
+        except ValidationError:
+            _log.exception("file_unreadable", extra={"id": folder.id})
+    return views
 
 
 def number_from_cursor(cursor: str | None, default: int) -> int:

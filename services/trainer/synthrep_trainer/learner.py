@@ -1,7 +1,7 @@
 """Encoder, head and optimizer as one thing: a batch in, one update, and what it was like.
 
-The order of an update is fixed: loss, check, gradient, check, optimizer. Numbers that are none stop
-it before the optimizer moves, so that the newest checkpoint is always worth going on from.
+The order of an update is fixed: loss, gradient, check, optimizer. Numbers that are none stop it
+before the optimizer moves.
 """
 
 from __future__ import annotations
@@ -95,16 +95,17 @@ class Learner:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             features, embeddings = self._parallel(images, self.config.rows_per_caption)
         loss = multi_positive_contrastive_loss(embeddings, caption_ids, self.config.temperature)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(f"the loss is {value} at step {step}; try a smaller lr")
-        rank = self._judge(features, embeddings, step)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(f"the gradient is {norm} at step {step}; try a smaller lr")
+        total_norm = torch.nn.utils.get_total_norm(gradients)
+        # The one place of a step where a GPU is waited for.
+        value, norm = torch.stack([loss.detach(), total_norm]).tolist()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"the loss is {value} and its gradient {norm} at step {step}; try a smaller lr"
+            )
+        rank = self._judge(features, embeddings, step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
@@ -36,6 +37,7 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _schema_problem)
     app.add_exception_handler(ClientDisconnect, _gone_problem)
     app.add_exception_handler(OSError, _storage_problem)
+    app.add_exception_handler(ValidationError, _version_problem)
     app.add_exception_handler(Exception, _unexpected_problem)
 
 
@@ -58,6 +60,11 @@ async def _gone_problem(_: Request, __: Exception) -> Any:
 async def _storage_problem(_: Request, error: Exception) -> Any:
     _log.error("storage_failed", exc_info=error)
     return ProblemResponse(503, "the storage does not answer", retry_after_s=_RETRY_AFTER_S)
+
+
+async def _version_problem(_: Request, error: Exception) -> Any:
+    _log.error("file_unreadable", exc_info=error)
+    return ProblemResponse(503, "a file of it was written by another version of the service")
 
 
 async def _unexpected_problem(_: Request, __: Exception) -> Any:

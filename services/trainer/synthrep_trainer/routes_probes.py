@@ -16,6 +16,7 @@ from synthrep_trainer.context import (
     ProbeId,
     newest_first,
     parse_body,
+    readable,
 )
 from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, probe_datasets
 from synthrep_trainer.problems import too_many
@@ -63,7 +64,7 @@ def submit(context: ContextDep, response: Response, body: JsonBody) -> ProbeView
 def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeView]:
     """Each as `GET /v1/probes/{id}` has it."""
     shown, next_cursor = newest_first(context.place.probes(), cursor, limit)
-    return Page[ProbeView](items=[probe_view(folder) for folder in shown], next_cursor=next_cursor)
+    return Page[ProbeView](items=readable(probe_view, shown), next_cursor=next_cursor)
 
 
 @router.get(

@@ -22,6 +22,7 @@ from synthrep_trainer.context import (
     newest_first,
     number_from_cursor,
     parse_body,
+    readable,
 )
 from synthrep_trainer.metrics import StepMetrics, read_metrics
 from synthrep_trainer.problems import too_many
@@ -69,7 +70,7 @@ def submit(context: ContextDep, response: Response, body: JsonBody) -> RunView:
 def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[RunView]:
     """Each as `GET /v1/runs/{id}` has it."""
     shown, next_cursor = newest_first(context.place.runs(), cursor, limit)
-    return Page[RunView](items=[run_view(folder) for folder in shown], next_cursor=next_cursor)
+    return Page[RunView](items=readable(run_view, shown), next_cursor=next_cursor)
 
 
 @router.get("/{run_id}", response_model=RunView, summary="One run", responses=problem_answers(404))

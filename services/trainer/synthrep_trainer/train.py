@@ -147,7 +147,8 @@ def main() -> None:
     _log.info("settings_read", extra={"settings": settings.model_dump(mode="json")})
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     try:
         with distributed.process_group(), _alone(folder, settings.grace_s):
             is_completed = run(folder, settings, stop.is_set)
