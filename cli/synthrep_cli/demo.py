@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from synthrep_cli.report import DemoReport, ProbeRow, probe_table, write_report
+from synthrep_cli.probe_table import ProbeRow, probe_table
+from synthrep_cli.report import DemoReport, write_report
 from synthrep_cli.stack import Stack, StackConfig, StackError
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import BatchView, ProbeRequest, RunRequest, RunView

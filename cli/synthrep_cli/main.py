@@ -15,6 +15,7 @@ from rich.table import Table
 from synthrep_cli import dataset_commands
 from synthrep_cli import prompts as prompt_files
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
+from synthrep_cli.probe_table import ProbeRow, probe_table
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.messages import MAX_PROMPTS_PER_REQUEST, ProbeRequest, RunRequest
@@ -89,9 +90,16 @@ def submit(
     file: Annotated[str, typer.Argument(help="txt, csv, tsv or ndjson, also .gz; - is stdin.")],
     dataset: Annotated[str, typer.Option(help="Data set to add to.")],
     model: Annotated[str, typer.Option(help="Alias, see `synthrep models ls`.")] = "tiny",
-    images_per_prompt: Annotated[int, typer.Option(min=1, max=64)] = 10,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, max=30)] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    images_per_prompt: Annotated[
+        int, typer.Option(min=1, max=64, help="Images of each caption: positives of each other.")
+    ] = 10,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=0, max=30, help="Low: images of a caption differ; none: model's."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Makes the same images again; none: other ones.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hand in captions; each becomes a group of images."""
@@ -166,15 +174,17 @@ def watch() -> None:
 def train(
     dataset: Annotated[str, typer.Option(help="Data set to follow; may still be empty.")],
     config: Annotated[
-        Path | None, typer.Option(help="JSON file with more fields of POST /v1/runs.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JSON file with fields of POST /v1/runs."),
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps, unless the file has max_images.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Start a training run."""
     with errors_in_one_sentence(), SynthRep() as client:
-        fields: dict[str, Any] = json.loads(config.read_text()) if config else {}
-        fields["dataset"] = dataset
+        fields = _read_fields(config) | {"dataset": dataset}
         if max_steps is not None:
             fields["max_steps"] = max_steps
         run = client.train(RunRequest.model_validate(fields))
@@ -182,6 +192,18 @@ def train(
             print_json(run)
         else:
             typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
+
+
+def _read_fields(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        fields = json.loads(config.read_text())
+    except ValueError as error:
+        raise typer.BadParameter(f"{config} is not JSON: {error}", param_hint="--config") from error
+    if not isinstance(fields, dict):
+        raise typer.BadParameter(f"{config} holds no JSON object", param_hint="--config")
+    return fields
 
 
 @app.command()
@@ -204,8 +226,6 @@ def probe(
         if as_json:
             print_json(view)
             return
-        from synthrep_cli.report import ProbeRow, probe_table
-
         Console().print(probe_table([ProbeRow.from_view(view)]))
 
 

@@ -28,7 +28,8 @@ def errors_in_one_sentence() -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        typer.secho(f"synthrep: {place}: {first['msg']}", err=True, fg="red")
+        message = first["msg"].removeprefix("Value error, ")
+        typer.secho(": ".join(filter(None, ["synthrep", place, message])), err=True, fg="red")
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         typer.echo("synthrep: interrupted", err=True)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
+from synthrep_cli.probe_table import ProbeRow, with_interval
 from synthrep_shared.client import SynthRep
-from synthrep_shared.messages import ProbeView
 from synthrep_shared.samples import parse_member_name
 
 _CAPTIONS_SHOWN = 24
@@ -28,49 +27,6 @@ th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2
 .group span { width: 19rem; } .group img { width: 40px; height: 40px; }
 svg { max-width: 100%; height: auto; background: white; } .note { opacity: .75; }
 """
-
-
-@dataclass(frozen=True)
-class ProbeRow:
-    """One probe set's line of the table; intervals are 95 %."""
-
-    dataset: str
-    protocol: str
-    metric: str
-    n_test: int
-    trained: float
-    ci95: tuple[float, float]
-    random_init: float
-    random_init_ci95: tuple[float, float]
-    pixels: float
-    pixels_ci95: tuple[float, float]
-    majority: float
-
-    @classmethod
-    def from_view(cls, view: ProbeView) -> ProbeRow:
-        """The row of a completed probe."""
-        baselines = view.baselines or {}
-        random_init, pixels = baselines["random_init"], baselines["pixels"]
-        assert view.value is not None
-        assert view.ci95 is not None
-        return cls(
-            dataset=view.dataset,
-            protocol=view.protocol,
-            metric=view.metric or "",
-            n_test=view.n_test or 0,
-            trained=view.value,
-            ci95=view.ci95,
-            random_init=random_init["value"],
-            random_init_ci95=tuple(random_init["ci95"]),
-            pixels=pixels["value"],
-            pixels_ci95=tuple(pixels["ci95"]),
-            majority=baselines["majority"]["value"],
-        )
-
-    @property
-    def is_better_than_untrained(self) -> bool:
-        """Whether the two intervals are apart, the trained one above."""
-        return self.ci95[0] > self.random_init_ci95[1]
 
 
 @dataclass(frozen=True)
@@ -95,25 +51,6 @@ class DemoReport:
         return content
 
 
-def probe_table(rows: list[ProbeRow]) -> Table:
-    """The table for the terminal."""
-    table = Table(title="Linear probe on frozen features (95 % interval)")
-    table.add_column("set")
-    for name in ("test images", "trained", "untrained encoder", "raw pixels", "majority", ""):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            row.dataset,
-            str(row.n_test),
-            _with_interval(row.trained, row.ci95),
-            _with_interval(row.random_init, row.random_init_ci95),
-            _with_interval(row.pixels, row.pixels_ci95),
-            f"{row.majority:.1%}",
-            "better" if row.is_better_than_untrained else "–",
-        )
-    return table
-
-
 def write_report(report: DemoReport, client: SynthRep, dataset: str, folder: Path) -> None:
     """Write `report.json` and `report.html` into `folder`; images come over REST."""
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
@@ -121,14 +58,11 @@ def write_report(report: DemoReport, client: SynthRep, dataset: str, folder: Pat
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def _with_interval(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
 def _gallery(client: SynthRep, dataset: str) -> list[tuple[str, list[str]]]:
-    """(caption, data URLs of its images) of groups spread over the shards."""
+    """(caption, data URLs of its images) of some groups of shards spread over the data set."""
     shards = list(client.shards(dataset))
-    per_shard = max(1, -(-_CAPTIONS_SHOWN // max(1, len(shards))))
+    shards = shards[:: max(1, len(shards) // _CAPTIONS_SHOWN)]
+    per_shard = -(-_CAPTIONS_SHOWN // max(1, len(shards)))
     gallery: list[tuple[str, list[str]]] = []
     for shard in shards:
         gallery += _groups(client.shard_bytes(dataset, shard.name))[:per_shard]
@@ -155,9 +89,9 @@ def _groups(tar: bytes) -> list[tuple[str, list[str]]]:
 def _page(report: DemoReport, gallery: list[tuple[str, list[str]]]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(r.dataset)}</td><td>{r.n_test}</td>"
-        f"<td><b>{_with_interval(r.trained, r.ci95)}</b></td>"
-        f"<td>{_with_interval(r.random_init, r.random_init_ci95)}</td>"
-        f"<td>{_with_interval(r.pixels, r.pixels_ci95)}</td><td>{r.majority:.1%}</td></tr>"
+        f"<td><b>{with_interval(r.trained, r.ci95)}</b></td>"
+        f"<td>{with_interval(r.random_init, r.random_init_ci95)}</td>"
+        f"<td>{with_interval(r.pixels, r.pixels_ci95)}</td><td>{r.majority:.1%}</td></tr>"
         for r in report.probes
     )
     groups = "".join(
@@ -211,9 +145,10 @@ def _probe_chart(rows: list[ProbeRow]) -> str:
     for shift, (name, interval, marker, colour) in enumerate(kinds):
         values = [100 * getattr(r, name) for r in rows]
         bounds = [getattr(r, interval) for r in rows]
+        # A bound may lie beyond its value by a rounding error, as that of 100 % does.
         spread = [
-            [v - 100 * low for v, (low, _) in zip(values, bounds, strict=True)],
-            [100 * high - v for v, (_, high) in zip(values, bounds, strict=True)],
+            [max(0.0, v - 100 * low) for v, (low, _) in zip(values, bounds, strict=True)],
+            [max(0.0, 100 * high - v) for v, (_, high) in zip(values, bounds, strict=True)],
         ]
         places = [i + 0.2 * (1 - shift) for i in range(len(rows))]
         axes.errorbar(values, places, xerr=spread, fmt=marker, color=colour, capsize=3,

@@ -1,0 +1,78 @@
+"""Results of probes as rows, and as a table for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from synthrep_shared.messages import ProbeView
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One probe set's line of the table; intervals are 95 %."""
+
+    dataset: str
+    protocol: str
+    metric: str
+    n_test: int
+    trained: float
+    ci95: tuple[float, float]
+    random_init: float
+    random_init_ci95: tuple[float, float]
+    pixels: float
+    pixels_ci95: tuple[float, float]
+    majority: float
+
+    @classmethod
+    def from_view(cls, view: ProbeView) -> ProbeRow:
+        """The row of a completed probe."""
+        baselines = view.baselines or {}
+        random_init, pixels = baselines["random_init"], baselines["pixels"]
+        assert view.value is not None
+        assert view.ci95 is not None
+        return cls(
+            dataset=view.dataset,
+            protocol=view.protocol,
+            metric=view.metric or "",
+            n_test=view.n_test or 0,
+            trained=view.value,
+            ci95=view.ci95,
+            random_init=random_init["value"],
+            random_init_ci95=tuple(random_init["ci95"]),
+            pixels=pixels["value"],
+            pixels_ci95=tuple(pixels["ci95"]),
+            majority=baselines["majority"]["value"],
+        )
+
+    @property
+    def is_better_than_untrained(self) -> bool:
+        """Whether the two intervals are apart, the trained one above."""
+        return self.ci95[0] > self.random_init_ci95[1]
+
+
+def probe_table(rows: list[ProbeRow]) -> Table:
+    """The table for the terminal."""
+    table = Table(title="Probes of frozen features (95 % interval)")
+    table.add_column("set")
+    table.add_column("protocol")
+    for name in ("test images", "trained", "untrained encoder", "raw pixels", "majority", ""):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.dataset,
+            row.protocol,
+            str(row.n_test),
+            with_interval(row.trained, row.ci95),
+            with_interval(row.random_init, row.random_init_ci95),
+            with_interval(row.pixels, row.pixels_ci95),
+            f"{row.majority:.1%}",
+            "better" if row.is_better_than_untrained else "–",
+        )
+    return table
+
+
+def with_interval(value: float, interval: tuple[float, float]) -> str:
+    """`93.2% [92.1, 94.3]`."""
+    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
