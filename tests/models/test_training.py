@@ -152,6 +152,25 @@ def test_diffusion_trains_saves_and_goes_on(latents, tokenizer, tmp_path):
     assert all(torch.equal(average[name], tensor) for name, tensor in second.state_dict().items())
 
 
+def test_training_goes_on_from_a_shipped_model(latents, tokenizer, untrained, tmp_path):
+    model = train_some_diffusion(latents, tokenizer, tmp_path / "first", 2)
+    make_pipeline(untrained, model, tokenizer).save_pretrained(tmp_path / "pipeline")
+    train_tiny._halve(tmp_path / "pipeline")
+    train_tiny._seed(tmp_path / "pipeline", tmp_path / "second")
+    autoencoder = load_file(tmp_path / "second" / "autoencoder_normalised.safetensors")
+    for name, tensor in untrained.state_dict().items():
+        torch.testing.assert_close(autoencoder[name], tensor, atol=1e-3, rtol=1e-3)
+    out = tmp_path / "second" / "diffusion"
+    again = train_some_diffusion(latents, tokenizer, out, 1)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, atol=1e-3, rtol=1e-3)
+    longer = train_some_diffusion(latents, tokenizer, out, 2)
+    assert not equal_weights(longer, again)
+    # What was trained since is not overwritten by what it began with.
+    train_tiny._seed(tmp_path / "pipeline", tmp_path / "second")
+    assert equal_weights(train_some_diffusion(latents, tokenizer, out, 2), longer)
+
+
 def test_the_pipeline_survives_its_folder_in_half_precision(
     latents, tokenizer, untrained, tmp_path
 ):
