@@ -96,7 +96,8 @@ def wilson_interval(num_right: int, num_rows: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * num_rows)) / (1 + z2 / num_rows)
     half = math.sqrt(share * (1 - share) * z2 / num_rows + (z2 / (2 * num_rows)) ** 2)
     half /= 1 + z2 / num_rows
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not leave the share outside of its own interval, at 0 and at 1.
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def class_table(truth: Labels, predicted: Labels, names: Sequence[str]) -> tuple[ClassScore, ...]:
