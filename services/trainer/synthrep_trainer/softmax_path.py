@@ -28,13 +28,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+# Precisions are shares of what is at stake: F, or what F gains over the class frequencies alone if
+# that is less, so that classifiers which learn little learn it right (see `_precision`).
 # F is l-strongly convex in W, so |dF/dW|^2 / 2l bounds its excess over the minimum; nothing more
-# is done where that bound is this share of F. It is loose at weak strengths, where few directions
-# are as flat as l. There Newton stops after a step that promised to lower F by less than DECREMENT
-# of F; the excess that remains is about STEP_PRECISION^2 of that.
-CERTIFIED_EXCESS = 5e-4
-DECREMENT = 5e-4
-STEP_PRECISION = 0.15  # CG stops at this share of the first residual, in the norm of M^-1
+# is done where that bound is below CERTIFIED_EXCESS. It is loose at weak strengths, where few
+# directions are as flat as l. There Newton stops after a step that promised to lower F by less
+# than DECREMENT; the excess that remains is about STEP_PRECISION^2 of that.
+CERTIFIED_EXCESS = 1e-6
+DECREMENT = 2e-4
+STEP_PRECISION = 0.1  # CG stops at this share of the first residual, in the norm of M^-1
 MAX_NEWTON_STEPS = 100
 MAX_PRODUCTS = 500  # with the Hessian, in one Newton step
 _RESOLVED = 1e-15  # share of its largest eigenvalue that an fp64 Gram matrix resolves
@@ -117,10 +119,7 @@ class _Problem:
         self._mean = features.mean(0)
         centred = features - self._mean
         variances, axes = torch.linalg.eigh(centred.T.double() @ centred.double())
-        # What is left along an axis after rounding each feature is no variance of the data.
-        eps = torch.finfo(features.dtype).eps
-        rounding = axes.T.square() @ features.double().square().sum(0) * (10 * eps) ** 2
-        is_used = variances > torch.clamp(rounding, min=float(variances[-1]) * _RESOLVED)
+        is_used = variances > variances[-1] * _RESOLVED
         self._axes = axes[:, is_used].to(features.dtype)
         constant = torch.ones_like(features[:, :1])
         self._rows = torch.cat([centred @ self._axes, constant], 1)  # (N, D)
@@ -130,13 +129,15 @@ class _Problem:
         self._is_regularised[-1] = 0
         self._gram: Tensor | None = None
         self._products_since_gram = 0
+        counts = torch.bincount(labels, minlength=num_classes).double()
+        self._log_prior = torch.log(counts / counts.sum())
+        self._prior_objective = -float((counts * self._log_prior).sum())
         self.top_strength = float(variances[-1]) / 4 + 1e-30  # above it W is nearly 0
 
     def prior_only(self) -> Float[Tensor, "d classes"]:
         """No weights, and the intercepts that fit the class counts."""
-        counts = torch.bincount(self._labels[:, 0], minlength=self._num_classes)
         weights = self._rows.new_zeros(self._rows.shape[1], self._num_classes)
-        weights[-1] = torch.log(counts / counts.sum())
+        weights[-1] = self._log_prior
         return weights
 
     def in_given_coordinates(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +164,7 @@ class _Problem:
             step = self._newton_step(point)
             promise = -float((point.gradient * step).sum()) / 2
             point, before = self._line_search(point, step, promise), point
-            if promise <= decrement * point.objective:
+            if promise <= self._precision(decrement, point):
                 return point
             if point is before:
                 break
@@ -172,15 +173,21 @@ class _Problem:
             f"{point.objective:g} in {point.weights.dtype}; standardise the features or use float64"
         )
 
+    def _precision(self, share: float, point: _Point) -> float:
+        """That share of what is at stake, or the rounding error of F if that is more."""
+        at_stake = min(point.objective, self._prior_objective - point.objective)
+        rounding = torch.finfo(point.weights.dtype).eps / 10  # of a mean over many rows
+        return max(share * at_stake, rounding * point.objective)
+
     def _is_certified(self, point: _Point) -> bool:
         squares = point.gradient.double().square()
         excess = float(squares[:-1].sum()) / (2 * point.strength)
-        if excess > CERTIFIED_EXCESS * point.objective:
+        if excess > self._precision(CERTIFIED_EXCESS, point):
             return False
         # The intercepts have no strength of their own; their curvature is that of the data.
         curvature = self._spread(point).sum(0).double().clamp(min=torch.finfo(torch.float64).tiny)
         excess += float((squares[-1] / curvature).sum()) / 2
-        return excess <= CERTIFIED_EXCESS * point.objective
+        return excess <= self._precision(CERTIFIED_EXCESS, point)
 
     def evaluate(self, weights: Tensor, strength: float) -> _Point:
         logits = self._rows @ weights  # (N, C)

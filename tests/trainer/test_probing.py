@@ -1,0 +1,198 @@
+"""From a labelled set and an extractor to one result."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset
+from synthrep_trainer.probe_protocols import NeighbourProtocol
+from synthrep_trainer.probe_scores import wilson_interval
+from synthrep_trainer.probing import BASELINES, probe, raw_pixels
+
+
+def write_split(folder, split, labels, *, seed):
+    """6 px images of noise; the class is the red of the first pixel."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(folder / f"{split}.tar", "w") as archive:
+        for index, label in enumerate(labels):
+            pixels = rng.integers(0, 256, (6, 6, 3), np.uint8)
+            pixels[0, 0, 0] = label
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "PNG")
+            for suffix, data in (("png", stream.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{index}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def see(images):
+    """Features that hold the class, noisily."""
+    noise = images[:, 1, 1].astype(np.float64) / 255
+    return np.c_[np.eye(3)[images[:, 0, 0, 0]] + 0.3 * noise, noise]
+
+
+def guess(images):
+    """Features that do not."""
+    return images[:, 2, 2].astype(np.float32)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    write_split(tmp_path, "train", [0, 1, 2] * 20 + [2] * 10, seed=0)
+    write_split(tmp_path, "test", [0, 1, 2] * 30, seed=1)
+    return ProbeDataset("colours", tmp_path)
+
+
+def run(dataset, extract=see, **options):
+    return probe(dataset, extract, image_px=6, **options)
+
+
+@pytest.mark.parametrize("protocol", [None, NeighbourProtocol()])
+def test_features_that_hold_the_class_beat_those_that_do_not(dataset, protocol):
+    result = run(dataset, baselines={"random_init": guess}, protocol=protocol)
+    assert result.value == 1.0
+    assert result.ci95 == wilson_interval(90, 90)
+    assert result.baselines["random_init"].value < 0.6
+    assert set(result.baselines) == {"random_init", "majority"}
+
+
+def test_result_says_how_it_came_about(dataset):
+    ticks = itertools.count(10.0, 2.5)
+    result = run(dataset, clock=lambda: next(ticks))
+    assert (result.dataset, result.metric, result.n_test) == ("colours", "accuracy", 90)
+    assert (result.protocol, result.protocol_version) == ("linear", 1)
+    assert len(result.curve) == 45
+    assert result.chosen in {point["strength"] for point in result.curve}
+    assert [(row.name, row.n_test, row.value) for row in result.per_class] == [
+        ("0", 30, 1.0), ("1", 30, 1.0), ("2", 30, 1.0),
+    ]  # fmt: skip
+    assert result.seconds == 2.5
+
+
+def test_baselines_by_default_are_pixels_and_majority(dataset):
+    result = run(dataset)
+    assert set(result.baselines) == {"pixels", "majority"}
+    assert result.baselines["majority"].value == pytest.approx(1 / 3)
+    assert result.baselines["majority"].chosen is None
+    assert result.baselines["pixels"].chosen > 0
+    assert result.baselines["pixels"].value < 0.9
+
+
+def test_equal_seeds_give_equal_results(dataset):
+    first, again, other = (
+        run(dataset, extract=guess, seed=seed, clock=lambda: 0.0) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first.curve != other.curve
+
+
+def test_choices_are_stored_before_the_test_part_is_read(dataset):
+    dataset.path("test").write_bytes(b"not an archive")
+    stored = []
+    with pytest.raises(ProbeDataError, match=r"test\.tar"):
+        run(dataset, store=stored.append)
+    assert stored[0].keys() == {"trained", "pixels"}
+
+
+def test_choices_that_cannot_be_stored_end_the_probe(dataset):
+    def fail(choices):
+        raise OSError("disk full")
+
+    dataset.path("test").write_bytes(b"not an archive")
+    with pytest.raises(OSError, match="disk full"):
+        run(dataset, store=fail)
+
+
+def test_a_validation_part_chooses_where_there_is_one(dataset):
+    write_split(dataset.folder, "val", [0, 1, 2] * 5 + [0, 1], seed=2)
+    result = run(dataset, extract=guess)
+    shares = np.array([point["val"] for point in result.curve]) * 17
+    np.testing.assert_allclose(shares, shares.round(), atol=1e-9)
+    assert result.n_test == 90
+
+
+def test_mean_per_class_sets_are_scored_so(tmp_path):
+    write_split(tmp_path, "train", [0, 1, 2] * 20, seed=0)
+    write_split(tmp_path, "test", [0] * 40 + [1] * 4 + [2] * 4, seed=1)
+    result = run(ProbeDataset("pets", tmp_path), extract=guess)
+    assert result.metric == "mean_per_class"
+    assert result.value == pytest.approx(np.mean([row.value for row in result.per_class]))
+    assert result.baselines["majority"].value == pytest.approx(1 / 3)
+
+
+def test_classes_bear_the_names_of_the_set(dataset):
+    (dataset.folder / "classes.txt").write_text("red\ngreen\nblue\n")
+    assert [row.name for row in run(dataset).per_class] == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names", "words"),
+    [
+        ([1] * 9, [1], None, "train has one class only"),
+        ([0] * 9, [0], "one\n", "train has one class only"),
+        ([0, 1] * 9, [0, 2], None, "test has class index 2, which train has not"),
+        ([0, 2] * 9, [0, 1], None, "test has class index 1, which train has not"),
+        ([0, 1, 2] * 9, [0], "a\nb\n", "class index 2, classes.txt names 2"),
+        ([0, 2] * 9, [0], "a\nb\nc\n", "train has no image of class 1, 'b'"),
+        ([0, 1, 2], [0], None, "one image a class"),
+    ],
+)
+def test_labels_that_contradict_each_other_are_refused(tmp_path, train, test, names, words):
+    write_split(tmp_path, "train", train, seed=0)
+    write_split(tmp_path, "test", test, seed=1)
+    if names is not None:
+        (tmp_path / "classes.txt").write_text(names)
+    with pytest.raises(ProbeDataError, match=words):
+        run(ProbeDataset("x", tmp_path), extract=guess, baselines={})
+
+
+def test_a_class_that_only_val_has_is_refused(dataset):
+    write_split(dataset.folder, "val", [0, 5], seed=2)
+    with pytest.raises(ProbeDataError, match="val has class index 5"):
+        run(dataset, extract=guess)
+
+
+@pytest.mark.parametrize(
+    ("extract", "words"),
+    [
+        (lambda images: np.zeros((len(images) + 1, 2)), r"expected features \(70, dim\)"),
+        (lambda images: np.zeros(len(images)), r"expected features \(70, dim\)"),
+        (lambda images: np.full((len(images), 2), np.nan), "not finite"),
+    ],
+)
+def test_an_extractor_at_fault_is_named(dataset, extract, words):
+    with pytest.raises(ValueError, match=f"trained: .*{words}"):
+        run(dataset, extract=extract)
+
+
+def test_extractors_see_images_of_the_asked_size_once(dataset):
+    seen = []
+
+    def watch(images):
+        seen.append(images.shape)
+        assert images.dtype == np.uint8
+        return images.reshape(len(images), -1)[:, :4]
+
+    probe(dataset, watch, image_px=5, baselines={})
+    assert seen == [(70, 5, 5, 3), (90, 5, 5, 3)]
+
+
+def test_raw_pixels_are_rgb_at_16_px_as_fractions():
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    features = raw_pixels(images)
+    assert features.shape == (3, 16 * 16 * 3)
+    assert features.dtype == np.float32
+    assert 0 <= features.min() < features.max() <= 1
+    small = images[:, :16, :16]
+    np.testing.assert_array_equal(raw_pixels(small), small.reshape(3, -1) / np.float32(255))
+
+
+def test_more_baselines_may_be_added_to_the_default_ones(dataset):
+    result = run(dataset, baselines={**BASELINES, "random_init": guess})
+    assert set(result.baselines) == {"pixels", "random_init", "majority"}
