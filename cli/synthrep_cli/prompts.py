@@ -34,7 +34,7 @@ def read(file: str) -> list[str]:
 def _from_text(text: str, suffix: str) -> list[str]:
     lines = text.split("\n")
     if suffix == ".csv":
-        return _pick_column(list(csv.reader(io.StringIO(text, newline=""), strict=True)))
+        return _pick_column(list(csv.reader(io.StringIO(text), strict=True)))
     if suffix == ".tsv":
         return _pick_column([[_unquote(c) for c in line.strip("\r").split("\t")] for line in lines])
     if suffix in (".ndjson", ".jsonl"):
