@@ -49,10 +49,12 @@ def web_samples(factory, record: CommitRecord) -> list[tuple[Image.Image, dict[s
     with warnings.catch_warnings():
         # webdataset 1.0.2 leaves the file of an exhausted stream to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
+        gc.freeze()  # only what is made from here on needs collecting
         dataset = webdataset.WebDataset(url, shardshuffle=False)
         samples = list(dataset.decode("pil").to_tuple("jpg", "json"))
         del dataset
         gc.collect()
+        gc.unfreeze()
     return samples
 
 
