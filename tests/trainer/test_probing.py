@@ -45,7 +45,7 @@ def guess(images):
 @pytest.fixture
 def dataset(tmp_path):
     write_split(tmp_path, "train", [0, 1, 2] * 20 + [2] * 10, seed=0)
-    write_split(tmp_path, "test", [0, 1, 2] * 30, seed=1)
+    write_split(tmp_path, "test", [0] * 20 + [1] * 30 + [2] * 40, seed=1)
     return ProbeDataset("colours", tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_result_says_how_it_came_about(dataset):
     assert len(result.curve) == 45
     assert result.chosen in {point["strength"] for point in result.curve}
     assert [(row.name, row.n_test, row.value) for row in result.per_class] == [
-        ("0", 30, 1.0), ("1", 30, 1.0), ("2", 30, 1.0),
+        ("0", 20, 1.0), ("1", 30, 1.0), ("2", 40, 1.0),
     ]  # fmt: skip
     assert result.seconds == 2.5
 
@@ -78,7 +78,7 @@ def test_result_says_how_it_came_about(dataset):
 def test_baselines_by_default_are_pixels_and_majority(dataset):
     result = run(dataset)
     assert set(result.baselines) == {"pixels", "majority"}
-    assert result.baselines["majority"].value == pytest.approx(1 / 3)
+    assert result.baselines["majority"].value == 40 / 90
     assert result.baselines["majority"].chosen is None
     assert result.baselines["pixels"].chosen > 0
     assert result.baselines["pixels"].value < 0.9
@@ -110,9 +110,9 @@ def test_choices_that_cannot_be_stored_end_the_probe(dataset):
 
 
 def test_a_validation_part_chooses_where_there_is_one(dataset):
-    write_split(dataset.folder, "val", [0, 1, 2] * 5 + [0, 1], seed=2)
+    write_split(dataset.folder, "val", [0, 1, 2] * 9 + [0, 1], seed=2)
     result = run(dataset, extract=guess)
-    shares = np.array([point["val"] for point in result.curve]) * 17
+    shares = np.array([point["val"] for point in result.curve]) * 29
     np.testing.assert_allclose(shares, shares.round(), atol=1e-9)
     assert result.n_test == 90
 
