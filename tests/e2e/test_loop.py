@@ -40,7 +40,7 @@ def test_captions_become_a_judged_encoder(tmp_path):
         images_per_caption=4,
         max_images=32 * 40,
         captions_per_batch=8,
-        probe_sets=("mnist",),
+        probe_sets=("digits",),
     )
     output = io.StringIO()
     report = run_demo(config, load_captions(TINY / "captions.tsv", 24), Console(file=output))
@@ -49,7 +49,7 @@ def test_captions_become_a_judged_encoder(tmp_path):
     assert written["images_generated"] == 96
     assert written["train_steps"] == 40
     assert written["images_trained"] == 1280
-    assert [p["dataset"] for p in written["probes"]] == ["mnist"]
+    assert [p["dataset"] for p in written["probes"]] == ["digits"]
     page = (config.folder / "report.html").read_text()
     assert page.count('<img alt=""') == 96
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
