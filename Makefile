@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := shared services cli models tests benchmarks
 
-.PHONY: help install format lint types imports manifests test test-long check demo up clean
+.PHONY: help install format lint types imports manifests test test-long chaos check demo up clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
@@ -39,6 +39,9 @@ test: $(STAMP) ## The tests, small doses of the campaigns
 
 test-long: $(STAMP) ## The full counts of every campaign
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout=3000
+
+chaos: $(STAMP) ## The fault campaign: CHAOS_FAULTS=200 CHAOS_SEED=1
+	@CHAOS_FAULTS=$(CHAOS_FAULTS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos
 
 check: lint types imports test ## Everything that must hold before a change lands
 

@@ -78,7 +78,8 @@ def up(
     )  # fmt: skip
     with errors_in_one_sentence(), Stack(config) as stack:
         stack.wait_ready()
-        typer.echo(f"generator  {stack.generator_url}/openapi.json\ntrainer    {stack.trainer_url}/openapi.json")
+        typer.echo(f"generator  {stack.generator_url}/openapi.json")
+        typer.echo(f"trainer    {stack.trainer_url}/openapi.json")
         typer.echo(f"files      {config.folder}\nCtrl-C stops everything")
         while True:
             stack.check()
