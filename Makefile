@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := shared services cli models tests benchmarks
+SOURCES := shared services cli models tests $(wildcard benchmarks)
 
 .PHONY: help install format lint types imports manifests test test-long chaos check demo up clean
 
