@@ -27,6 +27,8 @@ DATASET = "demo"
 _POLL_S = 1.0
 _PLAIN_EVERY_S = 10.0
 _PROMPTS_PER_BATCH = 80
+_FOLDERS = ("data", "logs", "redis", "trainer")
+_REPORTS = ("report.html", "report.json")
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,28 @@ def load_captions(path: Path, count: int) -> list[str]:
     return [line.partition("\t")[0] for line in lines]
 
 
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier demo left; makes the folder if it is absent.
+
+    Raises:
+        StackError: it holds what no demo made; nothing is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = {entry.name for entry in folder.iterdir()} - {*_FOLDERS, *_REPORTS}
+    if (folder / "data").is_dir():
+        foreign |= {f"data/{e.name}" for e in (folder / "data").iterdir() if e.name != DATASET}
+    if foreign:
+        raise StackError(f"{folder} holds {min(foreign)}, which no demo made; name another folder")
+    for name in _FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _REPORTS:
+        (folder / name).unlink(missing_ok=True)
+
+
 def run_demo(config: DemoConfig, captions: list[str], console: Console) -> DemoReport:
     """Start the services, generate, train, probe, stop; returns what `report.json` holds."""
     started = time.monotonic()
-    shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True)
+    clear_folder(config.folder)
     console.print("[bold]1/4[/] starting Valkey, generator, worker, trainer …")
     environment = {"SYNTHREP_TRAINER_THREADS": "2", "SYNTHREP_GENERATOR_THREADS": "1",
                    "SYNTHREP_PROBE_DATA": ""}  # fmt: skip

@@ -55,12 +55,14 @@ def demo(
 ) -> None:
     """The whole loop on this machine: captions, images, shards, training, probes, report."""
     from synthrep_cli.demo import DemoConfig, load_captions, run_demo
+    from synthrep_cli.stack import sole_use
     from synthrep_generator.settings import GeneratorSettings
 
     with errors_in_one_sentence():
         path = GeneratorSettings().models["tiny"].path / "captions.tsv"
         config = DemoConfig(folder=folder, captions=captions, max_images=max_images)
-        run_demo(config, load_captions(path, captions), Console())
+        with sole_use(folder):
+            run_demo(config, load_captions(path, captions), Console())
 
 
 @app.command()
@@ -70,13 +72,13 @@ def up(
     folder: Annotated[Path, typer.Option(help="Where data, runs and logs go.")] = Path("runs/up"),
 ) -> None:
     """All services in this terminal, until Ctrl-C."""
-    from synthrep_cli.stack import Stack, StackConfig
+    from synthrep_cli.stack import Stack, StackConfig, sole_use
 
     config = StackConfig(
         folder=folder.absolute(), workers=workers, redis_url=redis,
         generator_port=8000, trainer_port=8001,
     )  # fmt: skip
-    with errors_in_one_sentence(), Stack(config) as stack:
+    with errors_in_one_sentence(), sole_use(config.folder), Stack(config) as stack:
         stack.wait_ready()
         typer.echo(f"generator  {stack.generator_url}/openapi.json")
         typer.echo(f"trainer    {stack.trainer_url}/openapi.json")

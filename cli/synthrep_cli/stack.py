@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -59,6 +60,25 @@ def free_port() -> int:
         return port
 
 
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other stacks out of it.
+
+    Raises:
+        StackError: another has it; two would write the same logs and the same Valkey.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StackError(f"{folder} is in use by other services; name another") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Stack:
     """The running services; `with Stack(config) as stack` stops every one on the way out."""
 
@@ -73,6 +93,8 @@ class Stack:
         self.trainer_url = f"http://127.0.0.1:{self._trainer_port}"
 
     def __enter__(self) -> Stack:
+        for port in (self._generator_port, self._trainer_port):
+            _expect_free(port)
         # Explicit: a shell's background job inherits an ignored SIGINT, and SIGTERM must stop too.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -176,6 +198,16 @@ class Stack:
     def _last_words(self, name: str) -> str:
         data = (self._logs / f"{name}.log").read_bytes()
         return data[-_LAST_WORDS_BYTES:].decode(errors="replace")
+
+
+def _expect_free(port: int) -> None:
+    with socket.socket() as probe:
+        # As the services do: connections that linger from an earlier one are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackError(f"port {port} is taken; stop what listens there") from error
 
 
 def _is_ok(http: httpx.Client, url: str) -> bool:
