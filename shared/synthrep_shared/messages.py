@@ -24,6 +24,7 @@ State = Literal["queued", "running", "paused", "completed", "failed", "cancelled
 Objective = Literal["stablerep", "simclr"]
 MAX_PROMPT_CHARACTERS = 1000
 MAX_PROMPTS_PER_REQUEST = 1000
+_MAX_COUNT = 10**9 - 1  # the steps that a checkpoint's name has room for
 
 
 class Request(BaseModel):
@@ -285,9 +286,9 @@ class RunRequest(Request):
     """Images drawn per caption and step, without replacement; None: 4, of simclr 1."""
     captions_per_batch: int = Field(default=64, ge=2, le=8192)
     """Captions per step, over all ranks."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
     """Optimizer steps; give this or `max_images`."""
-    max_images: int | None = Field(default=None, ge=1)
+    max_images: int | None = Field(default=None, ge=1, lt=2**53)
     """Image views to train on."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of initialisation, order and augmentation."""
@@ -299,13 +300,13 @@ class RunRequest(Request):
     """Part of the steps with a linearly rising learning rate; a cosine to 0 follows."""
     temperature: float = Field(default=0.1, gt=0, le=10)
     """Temperature of the contrastive loss."""
-    min_fill_groups: int | None = Field(default=None, ge=1)
+    min_fill_groups: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
     """Groups that must be committed before the first step; None: one batch of captions."""
-    max_uses_per_image: int = Field(default=100, ge=1)
+    max_uses_per_image: int = Field(default=100, ge=1, le=_MAX_COUNT)
     """How often a stored image may be drawn; the trainer waits for new ones at the bound."""
-    checkpoint_every: int = Field(default=100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1, le=_MAX_COUNT)
     """Steps between checkpoints."""
-    probe_every: int | None = Field(default=None, ge=1)
+    probe_every: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
     """Steps between probes of the newest checkpoint; None: no probes during the run."""
     probe_datasets: list[ProbeSetName] = Field(default=[], max_length=20)
     """Labelled sets of the probes during the run, see `GET /v1/probe-datasets`."""

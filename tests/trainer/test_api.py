@@ -108,6 +108,8 @@ def test_max_images_becomes_steps(api):
         {"objective": "magic"}, {"captions_per_batch": 1}, {"surprise": 1}, {"seed": -1},
         {"model": "m" * 101}, {"probe_every": 5}, {"probe_datasets": ["digits"]},
         {"probe_every": 5, "probe_datasets": ["../x"]}, {"temperature": 1e999},
+        {"max_steps": 10**9}, {"max_uses_per_image": 2**63}, {"min_fill_groups": 10**400},
+        {"max_steps": None, "max_images": 2**53},
     ],
 )  # fmt: skip
 def test_a_bad_run_is_refused_and_leaves_nothing(api, place, change):
