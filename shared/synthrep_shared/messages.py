@@ -317,6 +317,8 @@ class RunRequest(Request):
             raise ValueError("give either max_steps or max_images")
         if (self.probe_every is None) == bool(self.probe_datasets):
             raise ValueError("probe_every and probe_datasets belong together")
+        if len(set(self.probe_datasets)) < len(self.probe_datasets):
+            raise ValueError("probe_datasets names a set twice")
         return self
 
 

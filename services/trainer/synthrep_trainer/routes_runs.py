@@ -25,6 +25,7 @@ from synthrep_trainer.context import (
     readable,
 )
 from synthrep_trainer.metrics import StepMetrics, read_metrics
+from synthrep_trainer.probe_data import probe_datasets
 from synthrep_trainer.problems import too_many
 from synthrep_trainer.records import Wanted
 from synthrep_trainer.runs import RunFolder
@@ -54,6 +55,9 @@ After = Annotated[int, Query(ge=-1, lt=2**53, description="Steps after this one"
 def submit(context: ContextDep, response: Response, body: JsonBody) -> RunView:
     """The run is durable when the answer is 202; a launcher takes it up in its turn."""
     request = parse_body(RunRequest, body)
+    known = probe_datasets(context.settings.probe_data) if request.probe_datasets else {}
+    if not known.keys() >= set(request.probe_datasets):
+        raise HTTPException(422, "there is no such labelled set, see GET /v1/probe-datasets")
     processes = context.settings.processes_per_run
     if request.captions_per_batch % processes:
         raise HTTPException(422, f"captions_per_batch must be a multiple of {processes}")
