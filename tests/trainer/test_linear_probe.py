@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from synthrep_trainer import linear_probe
-from synthrep_trainer.linear_probe import STRENGTHS, fit, standardise
+from synthrep_trainer import linear_probe, softmax_path
+from synthrep_trainer.linear_probe import STRENGTHS, fit, fit_each, standardise
 
 # From the weak end, where classes come apart, to the strong end, where nothing is learnt.
 COMPARED = STRENGTHS[::8]
@@ -117,20 +117,34 @@ def test_features_without_information_predict_the_most_frequent_class():
 
 
 def test_fp32_features_that_need_it_are_solved_in_fp64(monkeypatch):
-    dtypes = []
+    tried = []
 
-    def solve(features, *arguments, **options):
-        dtypes.append(str(features.dtype))
-        if len(dtypes) == 1:
-            raise FloatingPointError
-        return solve_path(features, *arguments, **options)
+    def solve(features, labels, strengths, **options):
+        tried.append((str(features.dtype), strengths))
+        for solution in solve_path(features, labels, strengths, **options):
+            if len(tried) == 1 and solution.strength < 1:
+                raise FloatingPointError
+            yield solution
 
     solve_path = linear_probe.solve_path
     monkeypatch.setattr(linear_probe, "solve_path", solve)
     features, labels = PROBLEMS["separable"]
-    probe = fit(features.astype(np.float32), labels, [1.0])
-    assert dtypes == ["torch.float32", "torch.float64"]
-    assert probe.weights.dtype == np.float64
+    probe = fit(features.astype(np.float32), labels, [0.1, 10.0])
+    assert tried == [("torch.float32", [10.0, 0.1]), ("torch.float64", [0.1])]
+    assert probe.strengths == (0.1, 10.0)
+
+
+def test_a_problem_that_fp64_cannot_solve_is_an_error(monkeypatch):
+    monkeypatch.setattr(softmax_path, "MAX_NEWTON_STEPS", 1)
+    features, labels = PROBLEMS["separable"]
+    with pytest.raises(FloatingPointError, match="got stuck"):
+        fit(features.astype(np.float32), labels, [1e-3])
+
+
+def test_classifiers_one_at_a_time_come_from_strong_to_weak():
+    features, labels = PROBLEMS["overlapping"]
+    probes = fit_each(features, labels, [1.0, 1e-3, 1e4, 1.0])
+    assert [probe.strengths for probe in probes] == [(1e4,), (1.0,), (1e-3,)]
 
 
 @pytest.mark.parametrize(

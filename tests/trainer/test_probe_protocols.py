@@ -66,10 +66,18 @@ def test_coarse_search_tries_a_third_and_finds_as_good_a_strength(seed):
     of = {point["strength"]: point["val"] for point in full.curve}
     for point in coarse.curve:
         assert point["val"] == pytest.approx(of[point["strength"]], abs=1.01 / part.is_val.sum())
-    assert of[coarse.chosen] >= of[full.chosen] - 0.03
+    assert of[coarse.chosen] >= of[full.chosen] - 3.01 / part.is_val.sum()
     tried = [STRENGTHS.index(point["strength"]) for point in coarse.curve]
     centre = STRENGTHS.index(coarse.chosen)
     assert {i for i in range(centre - 1, centre + 2) if 0 <= i < 45} <= set(tried)
+
+
+def test_coarse_search_ends_three_decades_after_the_best(part):
+    coarse = LinearProtocol(search="coarse").select(part, "accuracy")
+    decades = [s for s in (point["strength"] for point in coarse.curve) if s in STRENGTHS[::4]]
+    of = {point["strength"]: point["val"] for point in coarse.curve}
+    best = max(decades, key=lambda strength: (of[strength], strength))
+    assert sum(strength < best for strength in decades) == 3
 
 
 def test_neighbours_vote_with_the_weight_of_their_cosine(part):

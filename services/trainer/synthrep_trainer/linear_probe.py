@@ -6,7 +6,7 @@ protocol: L2-regularised logistic regression, 45 strengths from 1e-6 to 1e5, cho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,20 +58,46 @@ def fit(
     Raises ValueError on other shapes, non-finite features, fewer than two labels or a strength
     that is not positive and finite; FloatingPointError where fp64 does not suffice either.
     """
+    by_strength = {
+        probe.strengths[0]: probe for probe in fit_each(features, labels, strengths, device=device)
+    }
+    probes = [by_strength[strength] for strength in strengths]
+    return LinearProbe(
+        strengths=tuple(strengths),
+        classes=probes[0].classes,
+        weights=np.concatenate([probe.weights for probe in probes]),
+        intercepts=np.concatenate([probe.intercepts for probe in probes]),
+        objectives=tuple(probe.objectives[0] for probe in probes),
+    )
+
+
+def fit_each(
+    features: Float[np.ndarray, "n dim"],
+    labels: Integer[np.ndarray, " n"],
+    strengths: Sequence[float],
+    *,
+    device: str | torch.device = "cpu",
+) -> Iterator[LinearProbe]:
+    """As `fit`, one classifier at a time from the strongest to the weakest strength, each once.
+
+    A caller that has seen enough stops early and saves the weak end, which is the dearest.
+    """
     features, labels = np.asarray(features), np.asarray(labels)
     _require_fittable(features, labels, strengths)
     classes, columns = np.unique(labels, return_inverse=True)
-    single = features.dtype == np.float32
-    rows = torch.from_numpy(features if single else features.astype(np.float64)).to(device)
+    is_single = features.dtype == np.float32
+    rows = torch.from_numpy(features if is_single else features.astype(np.float64)).to(device)
     targets = torch.from_numpy(columns.astype(np.int64)).to(device)
-    try:
-        solutions = list(solve_path(rows, targets, strengths, num_classes=len(classes)))
-    except FloatingPointError:
-        if not single:
-            raise
-        solutions = list(solve_path(rows.double(), targets, strengths, num_classes=len(classes)))
-    by_strength = {solution.strength: solution for solution in solutions}
-    return _probe([by_strength[strength] for strength in strengths], classes)
+    left = sorted(set(strengths), reverse=True)
+    while left:
+        try:
+            for solution in solve_path(rows, targets, list(left), num_classes=len(classes)):
+                left.remove(solution.strength)
+                yield _probe(solution, classes)
+        except FloatingPointError:
+            if rows.dtype == torch.float64:
+                raise
+            rows = rows.double()
 
 
 def standardise(
@@ -103,11 +129,11 @@ def _require_fittable(features: np.ndarray, labels: np.ndarray, strengths: Seque
         raise ValueError(f"strengths must be positive and finite, got {list(strengths)}")
 
 
-def _probe(solutions: Sequence[Solution], classes: Int64[np.ndarray, " classes"]) -> LinearProbe:
+def _probe(solution: Solution, classes: Int64[np.ndarray, " classes"]) -> LinearProbe:
     return LinearProbe(
-        strengths=tuple(solution.strength for solution in solutions),
+        strengths=(solution.strength,),
         classes=classes,
-        weights=np.stack([solution.weights.cpu().numpy() for solution in solutions]),
-        intercepts=np.stack([solution.intercepts.cpu().numpy() for solution in solutions]),
-        objectives=tuple(solution.objective for solution in solutions),
+        weights=solution.weights.cpu().numpy()[None],
+        intercepts=solution.intercepts.cpu().numpy()[None],
+        objectives=(solution.objective,),
     )

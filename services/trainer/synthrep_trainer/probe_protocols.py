@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from synthrep_trainer.linear_probe import STRENGTHS, fit, standardise
+from synthrep_trainer.linear_probe import STRENGTHS, fit, fit_each, standardise
 from synthrep_trainer.probe_data import Metric
 from synthrep_trainer.probe_scores import score
 
@@ -18,6 +18,7 @@ Labels = Int64[np.ndarray, " n"]
 Search = Literal["full", "coarse"]
 
 COARSE_STRIDE = 4  # one decade of STRENGTHS
+COARSE_PATIENCE = 3  # decades without a better score that end the coarse search
 NUM_NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07
 _CHUNK_ROWS = 1024
@@ -63,8 +64,9 @@ class LinearProtocol:
     """Softmax regression on standardised features; see `linear_probe`.
 
     The statistics are those of train while choosing and of train and val for the final fit. Equal
-    scores go to the stronger regularisation. `full` tries all 45 strengths; `coarse` tries every
-    fourth, then the six around the best of those, for about half the time.
+    scores go to the stronger regularisation. `full` tries all 45 strengths. `coarse` tries one a
+    decade from the strong end, stops three decades after the best, and then tries the six between
+    that and its neighbours: half the time or less, since weak strengths are the dearest.
     """
 
     search: Search = "full"
@@ -77,20 +79,21 @@ class LinearProtocol:
         train, val = standardise(part.features[~part.is_val], part.features[part.is_val])
         labels, truth = part.labels[~part.is_val], part.labels[part.is_val]
 
-        def scores(strengths: Sequence[float]) -> dict[float, float]:
-            predicted = fit(train, labels, strengths, device=self.device).predict(val)
-            return {
-                strength: score(metric, truth, row)
-                for strength, row in zip(strengths, predicted, strict=True)
-            }
+        def scores(strengths: Sequence[float]) -> Iterator[tuple[float, float]]:
+            for probe in fit_each(train, labels, strengths, device=self.device):
+                yield probe.strengths[0], score(metric, truth, probe.predict(val)[0])
 
+        tried: dict[float, float] = {}
         if self.search == "full":
-            tried = scores(STRENGTHS)
+            tried.update(scores(STRENGTHS))
         else:
-            tried = scores(STRENGTHS[::COARSE_STRIDE])
+            for strength, value in scores(STRENGTHS[::COARSE_STRIDE]):
+                tried[strength] = value
+                if sum(other < _best(tried) for other in tried) == COARSE_PATIENCE:
+                    break
             centre = STRENGTHS.index(_best(tried))
             around = STRENGTHS[max(0, centre - COARSE_STRIDE + 1) : centre + COARSE_STRIDE]
-            tried |= scores([strength for strength in around if strength not in tried])
+            tried.update(scores([strength for strength in around if strength not in tried]))
         curve = tuple({"strength": s, "val": tried[s]} for s in sorted(tried))
         return Selection(_best(tried), curve)
 
