@@ -139,7 +139,7 @@ def test_other_bodies_are_refused(api, path):
 
 
 @pytest.mark.parametrize(
-    "run_id", ["x", "20260101-000000-0123456789ab", "..%2f..", "a" * 300, "%00"]
+    "run_id", ["x", "20260101-000000-000000-0123456789ab", "..%2f..", "a" * 300, "%00"]
 )
 @pytest.mark.parametrize(
     ("method", "path"),
@@ -253,10 +253,10 @@ def test_checkpoints_are_listed_and_can_be_probed(api, place):
     "probe",
     [
         {"dataset": "digits"},
-        {"run_id": "20260101-000000-0123456789ab", "dataset": "digits"},
+        {"run_id": "20260101-000000-000000-0123456789ab", "dataset": "digits"},
         {"checkpoint": "../../etc/passwd", "dataset": "digits"},
         {
-            "checkpoint": "runs/20260101-000000-0123456789ab/checkpoints/step-000000001",
+            "checkpoint": "runs/20260101-000000-000000-0123456789ab/checkpoints/step-000000001",
             "dataset": "digits",
         },
         {"run_id": "x", "checkpoint": "y", "dataset": "digits"},

@@ -233,3 +233,8 @@ def test_sigterm_ends_the_launcher_and_its_children_within_the_grace(settings, p
     process.stderr.read()
     process.stderr.close()
     assert process.wait(LIMIT_S) == 0
+
+
+def test_ids_sort_by_time_within_a_second(place):
+    runs = [submit(place) for _ in range(50)]
+    assert [run.id for run in place.runs()] == [run.id for run in runs]

@@ -30,7 +30,7 @@ from synthrep_shared.storage import publish_bytes, sync_folder
 from synthrep_trainer.checkpoint_folders import MANIFEST
 from synthrep_trainer.records import Failure, ProbeRecord, RunRecord, Status, Wanted
 
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{12}")
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}-[0-9a-f]{12}")
 _CHECKPOINT = re.compile(rf"runs/({_ID.pattern})/checkpoints/(step-[0-9]{{9}})")
 _MAX_ERROR_CHARACTERS = 2000
 
@@ -197,7 +197,7 @@ def is_id(text: str) -> bool:
 
 def new_id() -> str:
     """An id that sorts by time and cannot be guessed."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(6)}"
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{secrets.token_hex(6)}"
 
 
 @contextmanager
