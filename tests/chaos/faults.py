@@ -19,6 +19,7 @@ from pathlib import Path
 
 import redis
 
+from synthrep_generator.queues import SOCKET_TIMEOUT_S
 from synthrep_shared.storage import DatasetPaths
 from tests.chaos.disk import Disk
 from tests.chaos.services import HANG_S, LEASE_S, NAMES, RECONCILERS, WORKERS, Services
@@ -51,7 +52,7 @@ class Faults:
             "wipe-redis": self._wipe_redis,
             "flush-redis": self._flush_redis,
             "stop-redis": self._stop_redis,
-            "stall-redis": lambda: self._stall("redis", rng.uniform(0.5, 3)),
+            "stall-redis": lambda: self._stall("redis", rng.uniform(0.5, 1.5 * SOCKET_TIMEOUT_S)),
             "stall-api": lambda: self._stall("api", rng.uniform(0.5, 3)),
             "zombie-worker": lambda: self._stall(self._busy(), _ZOMBIE_S),
             "zombie-reconciler": lambda: self._stall(self._any(RECONCILERS), _ZOMBIE_S),

@@ -106,13 +106,14 @@ def test_killed_workers_lose_nothing_and_do_nothing_twice(make: Make) -> None:
 
 
 def test_a_killed_device_process_fails_no_prompt(make: Make) -> None:
-    stack = make(fake_delay_s=0.05)
+    stack = make(fake_delay_s=0.15)
     stack.accept(prompts(12))
     stack.start("reconciler")
     worker = stack.start("worker")
+    queue = WorkQueue(stack.settings)
     for target in (0, 4):
         stack.wait_for(lambda target=target: len(stack.decided()) >= target)
-        stack.wait_for(lambda: is_writing(stack))
+        stack.wait_for(queue.running_prompts)
         for child in children_of(worker.pid):
             os.kill(child, signal.SIGKILL)
     stack.wait_for(lambda: len(stack.decided()) == 12)
@@ -232,6 +233,7 @@ def test_a_full_disk_makes_workers_wait(make: Make) -> None:
     assert stack.decided() == []
 
 
+@pytest.mark.long
 def test_a_process_may_die_at_every_step(make: Make, tmp_path: Path) -> None:
     stack = make(lease_s=0.6)
     names = sorted(NAMES - OF_THE_API)
