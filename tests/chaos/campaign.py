@@ -28,8 +28,7 @@ _REPORT_S = 5.0
 _START_LIMIT_S = 120.0
 _AIM_S = 0.3  # of a chunk's run, which takes half a second
 _RECOVERY_S = 5.0  # at most so long, a fault waits until the one before it was got over
-_QUIET_LIMIT_S = 60.0  # without any outcome for so long, what is undecided counts as lost
-_FAILPOINT_LIMIT_S = 120.0
+_QUIET_LIMIT_S = 60.0  # without any outcome for so long, what is undecided is lost
 _REARM_S = 3.0
 
 
@@ -125,14 +124,16 @@ class Campaign:
 
     def _reach_failpoints(self) -> None:
         """Go on under load, restarting what carries a name that is done, until none is missing."""
-        deadline = time.monotonic() + _FAILPOINT_LIMIT_S
-        while self._failpoints.missing() and time.monotonic() < deadline:
-            say(f"failpoints missing: {', '.join(sorted(self._failpoints.missing()))}")
+        missing, moved_at = self._failpoints.missing(), time.monotonic()
+        while missing and time.monotonic() - moved_at < _QUIET_LIMIT_S:
+            say(f"failpoints missing: {', '.join(sorted(missing))}")
             for name in NAMES:
                 if self._failpoints.idle(name, kind_of(name)):
                     self._faults.kill(name)
             self._load.burst()
             self._wait(lambda: not self._failpoints.missing(), _REARM_S)
+            if self._failpoints.missing() != missing:
+                missing, moved_at = self._failpoints.missing(), time.monotonic()
 
     def _settle(self) -> None:
         """No more faults; prompts until there are enough; then wait for the last outcome."""
