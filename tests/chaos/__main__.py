@@ -15,12 +15,13 @@ def main() -> int:
     """Run one campaign; on a bad end the evidence stays, on a good one nothing does."""
     num_faults = int(os.environ.get("CHAOS_FAULTS") or 40)
     seed = int(os.environ.get("CHAOS_SEED") or 1)
+    kinds = [kind for kind in os.environ.get("CHAOS_KINDS", "").split(",") if kind]
     mutation = os.environ.get("CHAOS_MUTATION") or None
     if num_faults < 1:
         sys.exit("CHAOS_FAULTS must be at least 1")
     folder = Path(tempfile.mkdtemp(prefix="synthrep-chaos-"))
     say(f"CHAOS_FAULTS={num_faults} CHAOS_SEED={seed}" + (f" {mutation}" if mutation else ""))
-    campaign = Campaign(folder, num_faults=num_faults, seed=seed, mutation=mutation)
+    campaign = Campaign(folder, num_faults=num_faults, seed=seed, kinds=kinds, mutation=mutation)
     try:
         verdict = campaign.run()
         is_green = campaign.is_green(verdict)

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from synthrep_shared.commit_log import LogReader
@@ -26,7 +26,7 @@ MIN_POISON = 5
 _TICK_S = 0.05
 _REPORT_S = 5.0
 _START_LIMIT_S = 120.0
-_AIM_S = 0.3  # of a chunk's run, which takes half a second
+_AIM_S = 0.5  # a chunk's run takes about as long
 _RECOVERY_S = 5.0  # at most so long, a fault waits until the one before it was got over
 _QUIET_LIMIT_S = 60.0  # without any outcome for so long, what is undecided is lost
 _REARM_S = 3.0
@@ -42,7 +42,13 @@ class Campaign:
     """`run` gives the verdict; `close` ends every process and unmounts the disk."""
 
     def __init__(
-        self, folder: Path, *, num_faults: int, seed: int, mutation: str | None = None
+        self,
+        folder: Path,
+        *,
+        num_faults: int,
+        seed: int,
+        kinds: Sequence[str] = (),
+        mutation: str | None = None,
     ) -> None:
         self._folder, self._num_faults, self._rng = folder, num_faults, random.Random(seed)
         self._disk = Disk(folder / "data", size_bytes=(64 << 20) + num_faults * (512 << 10))
@@ -51,6 +57,7 @@ class Campaign:
         self._services = Services(folder, root, self._failpoints, mutation=mutation)
         self._datasets = [DatasetPaths(root, name) for name in DATASETS]
         self._faults = Faults(self._services, self._disk, self._datasets, self._rng)
+        self._plan = self._faults.plan(num_faults, kinds)
         self._progress = _Progress(self._datasets)
         url = f"http://127.0.0.1:{self._services.api_port}"
         load_rng = random.Random(f"load {seed}")
@@ -64,7 +71,7 @@ class Campaign:
         say(f"data in {self._disk.folder}; full disk by {route}")
         self._load.start()
         self._wait(lambda: self._progress.decided > 0, _START_LIMIT_S)
-        for name in self._faults.plan(self._num_faults):
+        for name in self._plan:
             self._strike(name)
         self._reach_failpoints()
         self._settle()
@@ -115,8 +122,8 @@ class Campaign:
         if "redis" in name:
             self._wait(self._services.is_redis_up, _RECOVERY_S)
         self._load.burst()
-        self._wait(self._services.busy_workers, _RECOVERY_S / 2)
         self._wait(lambda: False, self._rng.uniform(0, _AIM_S))
+        self._wait(self._services.busy_workers, _RECOVERY_S)
         while not self._faults.inject(name):
             self._wait(lambda: False, _TICK_S)
         self._injected[name] += 1

@@ -13,7 +13,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from synthrep_shared.storage import DatasetPaths
 from tests.chaos.disk import Disk
 from tests.chaos.services import HANG_S, LEASE_S, NAMES, RECONCILERS, WORKERS, Services
 
-_OFTEN = ("zombie-worker", "flush-redis")  # what makes two workers do the same
+_OFTEN = ("zombie-worker", "zombie-worker")  # two workers do the same then
 KILL_ALL_WORKERS = "kill-all-workers"
 _ZOMBIE_S = 2.5 * LEASE_S  # others have time to take the work and to do it
 _WAKE_S = 0.1
@@ -64,11 +64,16 @@ class Faults:
         if disk.is_small:
             self._by_name["full-disk"] = self._fill_disk
 
-    def plan(self, num_faults: int) -> list[str]:
-        """So many names in random order, from decks that hold each; all workers die at the end."""
+    def plan(self, num_faults: int, kinds: Sequence[str]) -> list[str]:
+        """So many names in random order, from decks that hold each; all workers die at the end.
+
+        `kinds` are the names to take, all if there are none; raises ValueError for an unknown one.
+        """
+        if unknown := set(kinds) - self._by_name.keys():
+            raise ValueError(f"no such faults: {unknown}; known: {sorted(self._by_name)}")
+        deck = list(kinds) or [*sorted(self._by_name), *_OFTEN]
         plan: list[str] = []
         while len(plan) < num_faults - 1:
-            deck = [*sorted(self._by_name), *_OFTEN]
             plan += self._rng.sample(deck, len(deck))
         return [*plan[: num_faults - 1], KILL_ALL_WORKERS]
 

@@ -63,12 +63,17 @@ def test_a_large_campaign_keeps_every_promise(capsys: pytest.CaptureFixture[str]
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("mutation", "count"),
-    [("forget-decided", "duplicated"), ("leave-lost-chunks", "lost"), ("write-in-place", "bad")],
+    ("mutation", "count", "kinds"),
+    [
+        ("forget-decided", "duplicated", "zombie-worker,flush-redis"),
+        ("leave-lost-chunks", "lost", ""),
+        ("write-in-place", "bad", ""),
+    ],
 )
 def test_a_measure_taken_out_is_found_out(
-    capsys: pytest.CaptureFixture[str], mutation: str, count: str
+    capsys: pytest.CaptureFixture[str], mutation: str, count: str, kinds: str
 ) -> None:
-    status, counts, output = run(capsys, CHAOS_FAULTS="25", CHAOS_SEED="3", CHAOS_MUTATION=mutation)
+    asked = {"CHAOS_FAULTS": "25", "CHAOS_SEED": "3", "CHAOS_KINDS": kinds}
+    status, counts, output = run(capsys, CHAOS_MUTATION=mutation, **asked)
     assert status == 1
     assert counts[count] > 0, output[-5000:]
