@@ -39,8 +39,9 @@ class BatchHeader(BaseModel):
     created_at: datetime
 
     def gid(self, index: int, prompt: str) -> str:
-        """Group id of prompt `index`."""
-        return group_id(self.dataset, self.id, index, prompt, self.settings.model_dump(mode="json"))
+        """Group id of prompt `index`; settings that a later version adds leave it as it is."""
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        return group_id(self.dataset, self.id, index, prompt, settings)
 
 
 def batch_id_from_key(owner: str, dataset: str, key: str) -> str:
