@@ -40,6 +40,9 @@ class GenerationSettings(Request):
     """Text to steer away from."""
     seed: int | None = Field(default=None, ge=0, lt=2**53)
     """Makes image k of prompt i the same in every batch with this seed."""
+    long_captions: Literal["truncate", "refuse"] = "truncate"
+    """What becomes of a prompt that is longer than the text encoder's window: made of its start
+    and flagged in the samples' JSON, or a recorded failure."""
 
 
 class BatchRequest(GenerationSettings):
