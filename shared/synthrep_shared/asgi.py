@@ -5,12 +5,12 @@ Plain ASGI, so that it needs no web framework and sees a request before any of i
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
+
+from synthrep_shared.keys import ApiKey, KeyRing, Principal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,6 +26,7 @@ _SECURITY_HEADERS = (
 )
 _MAX_FIELD_ERRORS = 5
 _MAX_LENGTH_DIGITS = 19
+_PRINCIPAL = "principal"
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
@@ -78,19 +79,20 @@ def validation_problem(errors: Iterable[MutableMapping[str, Any]]) -> ProblemRes
 class Guard:
     """Wraps an app: bearer keys, a cap on the body, security headers, no unhandled body.
 
-    `keys` are the accepted bearer keys (none: open). Paths in `large_paths` have their own cap.
+    `keys` are the accepted bearer keys (none: open); whose request it is, `principal_of` tells the
+    app. Paths in `large_paths` have their own cap.
     """
 
     def __init__(
         self,
         app: App,
         *,
-        keys: Iterable[str],
+        keys: Iterable[ApiKey],
         max_body_bytes: int,
         large_paths: dict[str, int] | None = None,
     ) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(k.encode()).digest() for k in keys]
+        self._keys = KeyRing(keys)
         self._max_body_bytes = max_body_bytes
         self._large_paths = large_paths or {}
 
@@ -110,10 +112,12 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
-        if not self._is_allowed(scope["path"], headers.get(b"authorization", b"")):
+        principal = self._keys.find(headers.get(b"authorization", b""))
+        if principal is None and scope["path"] not in _OPEN_PATHS:
             problem = ProblemResponse(401, "send the header 'Authorization: Bearer <key>'")
             await problem(scope, receive, send_with_headers)
             return
+        scope.setdefault("state", {})[_PRINCIPAL] = principal
         limit = self._large_paths.get(scope["path"], self._max_body_bytes)
         too_large = ProblemResponse(413, f"the body may hold at most {limit} bytes")
         declared = headers.get(b"content-length", b"0")
@@ -127,14 +131,12 @@ class Guard:
                 raise
             await too_large(scope, receive, send_with_headers)
 
-    def _is_allowed(self, path: str, authorization: bytes) -> bool:
-        if not self._digests or path in _OPEN_PATHS:
-            return True
-        scheme, _, key = authorization.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, so that the time tells nothing about which one matched.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+
+def principal_of(scope: Scope) -> Principal:
+    """Who sent the request; for paths that need a key."""
+    principal = scope["state"][_PRINCIPAL]
+    assert isinstance(principal, Principal)
+    return principal
 
 
 class BodyTooLargeError(BaseException):
@@ -161,6 +163,7 @@ def _capped(receive: Receive, limit: int) -> Receive:
 _REASONS = {
     400: "The body ended early",
     401: "No accepted bearer key was sent",
+    403: "The key may not do this",
     404: "There is no such thing",
     405: "The path does not take this method",
     408: "The body stopped coming",
@@ -176,7 +179,7 @@ _REASONS = {
 
 
 def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI `responses` of a route that may answer with these problems, besides 401 and 422.
+    """OpenAPI `responses` of a route that may answer with these problems, besides 401, 403 and 422.
 
     The document has to define the schema `Problem` (`messages.Problem`).
     """
@@ -186,5 +189,5 @@ def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": _REASONS[status],
             "content": {ProblemResponse.media_type: {"schema": schema}},
         }
-        for status in sorted({401, 422, *statuses})
+        for status in sorted({401, 403, 422, *statuses})
     }

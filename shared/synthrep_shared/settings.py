@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from synthrep_shared.keys import ApiKey
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 _CLIENTS = ("SYNTHREP_GENERATOR_URL", "SYNTHREP_TRAINER_URL")  # share the services' prefixes
@@ -27,8 +30,9 @@ class ServiceSettings(BaseSettings):
     """Folder that holds the datasets; both services and the workers see the same one."""
     host: str = "127.0.0.1"
     """Address to listen on; other than loopback needs at least one API key."""
-    api_keys: tuple[SecretStr, ...] = ()
-    """Accepted bearer keys as a JSON list; none means: loopback only, no authentication."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Accepted bearer keys as a JSON list of keys or objects, at best from a file; none means:
+    loopback only, no authentication. Make one with `openssl rand -hex 32`."""
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     """Least severity that is logged."""
 
@@ -43,13 +47,25 @@ class ServiceSettings(BaseSettings):
                 continue
             name = variable[len(prefix) :].lower().split("__")[0]
             if name.endswith("_file") and name.removesuffix("_file") in cls.model_fields:
-                values[name.removesuffix("_file")] = Path(path).read_text().strip()
+                values[name.removesuffix("_file")] = _value(Path(path).read_text().strip())
                 values.pop(name, None)
             elif name not in cls.model_fields:
                 raise ValueError(
                     f"unknown setting {variable}; known: {', '.join(sorted(cls.model_fields))}"
                 )
         return values
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _one_key_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_key_twice(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        if len({key.key_sha256.get_secret_value() for key in keys}) < len(keys):
+            raise ValueError("an API key is given twice")
+        return keys
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> ServiceSettings:
@@ -59,3 +75,8 @@ class ServiceSettings(BaseSettings):
                 "set API_KEYS or listen on 127.0.0.1"
             )
         return self
+
+
+def _value(text: str) -> Any:
+    """What a file holds: JSON where it is a list or an object, else the text itself."""
+    return json.loads(text) if text.startswith(("[", "{")) else text

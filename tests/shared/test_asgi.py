@@ -4,6 +4,7 @@ import json
 import pytest
 
 from synthrep_shared.asgi import Guard, ProblemResponse, validation_problem
+from synthrep_shared.keys import ApiKey
 
 
 async def echo_length(scope, receive, send):
@@ -53,14 +54,14 @@ def test_chunked_body_over_the_cap_is_refused_while_it_arrives():
     [(None, 401), (b"Bearer wrong", 401), (b"Basic right", 401), (b"Bearer right", 200)],
 )
 def test_only_a_configured_bearer_key_passes(header, status):
-    app = Guard(echo_length, keys=["right", "other"], max_body_bytes=10)
+    app = Guard(echo_length, keys=map(ApiKey.model_validate, ["right", "other"]), max_body_bytes=10)
     headers = [] if header is None else [(b"authorization", header)]
     assert call(app, headers=headers)[0] == status
     assert call(app, path="/healthz")[0] == 200
 
 
 def test_every_answer_carries_security_headers():
-    app = Guard(echo_length, keys=["k"], max_body_bytes=10)
+    app = Guard(echo_length, keys=[ApiKey.model_validate("k")], max_body_bytes=10)
     for path in ("/", "/healthz"):
         assert call(app, path=path)[1][b"x-content-type-options"] == b"nosniff"
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, SecretStr
 
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_shared.client import GENERATOR_URL, TRAINER_URL
+from synthrep_shared.keys import ApiKey
 from synthrep_shared.settings import ServiceSettings
 from synthrep_trainer.settings import TrainerSettings
 
@@ -38,6 +39,7 @@ OTHERS = {
         "Folder of labelled sets where SYNTHREP_TRAINER_PROBE_DATA is unset.",
     ),
 }
+_FIELDS: dict[str, type[BaseModel]] = {"models": ModelConfig, "api_keys": ApiKey}
 FOR_TESTS = {"SYNTHREP_FAILPOINT", "SYNTHREP_FAILPOINT_MARKER"}
 _READ = r'environ(?:\.get\(|\[)\s*"(SYNTHREP_[A-Z_]+)"'
 HEADER = """\
@@ -55,8 +57,8 @@ def render() -> str:
         lines += ["", *_comment(title)]
         for name, field in settings.model_fields.items():
             lines += ["", *_comment(field.description or "")]
-            if name == "models":
-                lines += _fields_of(ModelConfig)
+            if name in _FIELDS:
+                lines += _fields_of(_FIELDS[name])
             value = _written(field.get_default(call_default_factory=True))
             lines.append(f"#{settings.model_config['env_prefix']}{name.upper()}={value}")
     lines += ["", "# Client, command and what several services read."]

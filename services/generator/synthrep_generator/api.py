@@ -87,7 +87,7 @@ def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> A
     app.openapi = cache(partial(_describe, app, has_keys=has_keys))  # type: ignore[method-assign]
     return Guard(
         metrics.RequestMetrics(app, registry),
-        keys=[key.get_secret_value() for key in settings.api_keys],
+        keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
         large_paths={"/v1/batches/upload": MAX_BYTES},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,13 +61,6 @@ class Context:
         if found is None:
             raise not_found("batch")
         return found
-
-    def owner(self, request: Request) -> str:
-        """What stands for the caller in intake files; tells nothing of the key."""
-        if not self.settings.api_keys:
-            return "anonymous"
-        key = request.headers.get("authorization", "").partition(" ")[2].strip()
-        return hashlib.sha256(b"synthrep-owner:" + key.encode()).hexdigest()[:16]
 
 
 async def _context(request: Request) -> Context:

@@ -30,6 +30,7 @@ from synthrep_generator.failure_reader import failure_views
 from synthrep_generator.intake import BatchHeader
 from synthrep_generator.problems import problem_answers
 from synthrep_generator.tally import Batch
+from synthrep_shared.asgi import principal_of
 from synthrep_shared.messages import (
     BatchAccepted,
     BatchRequest,
@@ -126,7 +127,7 @@ def submit(
         priority=asked.priority,
         num_prompts=len(asked.prompts),
         prompts_digest=digest_prompts(asked.prompts),
-        owner=context.owner(request),
+        owner=principal_of(request.scope).owner,
         idempotency_key=idempotency_key,
     )
     header = context.admission.accept(order, asked.prompts)

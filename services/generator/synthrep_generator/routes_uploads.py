@@ -20,6 +20,7 @@ from synthrep_generator.errors import HighWaterError, UploadError
 from synthrep_generator.problems import problem_answers
 from synthrep_generator.routes_batches import IdempotencyKey, accepted_fields, generation_settings
 from synthrep_generator.uploads import FORMATS, read_spool, spool_prompts
+from synthrep_shared.asgi import principal_of
 from synthrep_shared.messages import DatasetName, GenerationSettings, UploadAccepted
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
@@ -78,7 +79,7 @@ async def upload(
         await run_sync(_check_early, context, query)
         with tempfile.TemporaryFile(dir=context.catalog.root) as raw:
             await _receive(request, raw)
-            owner = context.owner(request)
+            owner = principal_of(request.scope).owner
             answer = await run_sync(
                 _accept, context, query, raw, media_type, is_gzip, owner, idempotency_key
             )

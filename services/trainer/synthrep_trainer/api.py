@@ -55,7 +55,7 @@ def create_app(settings: TrainerSettings) -> App:
     app.openapi = describe  # type: ignore[method-assign]
     return Guard(
         app,
-        keys=[key.get_secret_value() for key in settings.api_keys],
+        keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
     )
 
