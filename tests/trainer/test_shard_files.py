@@ -11,6 +11,7 @@ import pytest
 from synthrep_trainer.shard_files import (
     GroupKey,
     ShardMismatchError,
+    read_caption,
     read_images,
     verify_shard,
 )
@@ -49,6 +50,15 @@ def swapped_json(files):
 
 def other_caption(files):
     return [(n, d.replace(b"bird", b"fish") if n.endswith("json") else d) for n, d in files]
+
+
+def test_captions_are_read_by_offset(shard_maker):
+    captions = ["a wren", "ein Zaunkönig", "a very " + "small " * 90 + "bird"]
+    record = shard_maker.commit(3, captions=captions)
+    layout, path = verify(shard_maker, record), shard_maker.paths.shards / record.name
+    assert [read_caption(path, layout, place) for place in (2, 0, 1)] == [
+        captions[place] for place in (2, 0, 1)
+    ]
 
 
 def test_images_are_read_by_offset(shard_maker):

@@ -2,8 +2,8 @@
 
 A shard is a plain tar of `<gid>-<k>.<suffix>` images with a `<gid>-<k>.json` beside each. What the
 commit log says of it (bytes, sha256, groups, images, caption ids) is checked against the whole
-file; what stays in memory is 13 bytes an image. Images are then read by `pread`, with one `open` a
-group, so that no number of shards meets a limit on open files or mapped memory.
+file; what stays in memory is 13 bytes an image and 12 a group. Images are then read by `pread`, with
+one `open` a group, so that no number of shards meets a limit on open files or mapped memory.
 """
 
 from __future__ import annotations
@@ -49,12 +49,17 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """Where the images of a verified shard lie; image `k` of group `g` is row `starts[g] + k`."""
+    """Where the images of a verified shard lie; image `k` of group `g` is row `starts[g] + k`.
+
+    The metadata are those of one image of each group.
+    """
 
     starts: NDArray[np.uint32]
     offsets: NDArray[np.uint64]
     sizes: NDArray[np.uint32]
     suffixes: NDArray[np.uint8]
+    metadata_offsets: NDArray[np.uint64]
+    metadata_sizes: NDArray[np.uint32]
 
 
 def verify_shard(
@@ -93,6 +98,17 @@ def read_images(path: Path, layout: ShardLayout, group: int, images: Sequence[in
     return found
 
 
+def read_caption(path: Path, layout: ShardLayout, group: int) -> str:
+    """The caption of a group, as it was when the shard was verified; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size, offset = layout.metadata_sizes[group], layout.metadata_offsets[group]
+        data = os.pread(descriptor, int(size), int(offset))
+    finally:
+        os.close(descriptor)
+    return samples.SampleMetadata.model_validate_json(data).caption
+
+
 class _Member(NamedTuple):
     gid: str
     image_index: int
@@ -104,33 +120,41 @@ class _Member(NamedTuple):
 def _layout(data: mmap.mmap, groups: Sequence[GroupKey]) -> ShardLayout:
     images: dict[str, list[_Member]] = {group.gid: [] for group in groups}
     captions = {group.gid: group.caption_id for group in groups}
-    described: set[tuple[str, int]] = set()
+    described: dict[tuple[str, int], _Member] = {}
     for member in _members(data):
         if member.gid not in images:
             raise ShardMismatchError(f"group {member.gid} is not in the log's record")
         if member.suffix != "json":
             images[member.gid].append(member)
             continue
-        described.add((member.gid, member.image_index))
+        described[member.gid, member.image_index] = member
         _check_metadata(
             data[member.offset : member.offset + member.size], member, captions[member.gid]
         )
     for group in groups:
         found = images[group.gid]
         keys = {(m.gid, m.image_index) for m in found}
-        if len(found) != group.images or len(keys) != group.images or not keys <= described:
+        if (
+            not found
+            or len(found) != group.images
+            or len(keys) != group.images
+            or not keys <= described.keys()
+        ):
             raise ShardMismatchError(
                 f"group {group.gid} has not {group.images} images, each with its JSON"
             )
     if len(described) != sum(group.images for group in groups):
         raise ShardMismatchError("it has JSON members without an image")
     rows = [m for g in groups for m in sorted(images[g.gid], key=lambda m: m.image_index)]
+    metadata = {gid: member for (gid, _), member in described.items()}
     counts = [0, *(group.images for group in groups)]
     return ShardLayout(
         starts=np.cumsum(counts, dtype=np.uint32),
         offsets=np.array([m.offset for m in rows], dtype=np.uint64),
         sizes=np.array([m.size for m in rows], dtype=np.uint32),
         suffixes=np.array([_IMAGE_SUFFIXES.index(m.suffix) for m in rows], dtype=np.uint8),
+        metadata_offsets=np.array([metadata[g.gid].offset for g in groups], dtype=np.uint64),
+        metadata_sizes=np.array([metadata[g.gid].size for g in groups], dtype=np.uint32),
     )
 
 

@@ -23,6 +23,7 @@ from synthrep_trainer.shard_files import (
     Image,
     ShardLayout,
     ShardMismatchError,
+    read_caption,
     read_images,
     verify_shard,
 )
@@ -82,6 +83,11 @@ class ShardStore:
         """Images of the group at `place` in a verified shard, by their positions in the group."""
         path = self._paths.shards / shard.name
         return read_images(path, self._layouts[shard.seq], place, images)
+
+    def caption(self, shard: ShardRef, place: int) -> str:
+        """The caption of the group at `place` in a verified shard."""
+        path = self._paths.shards / shard.name
+        return read_caption(path, self._layouts[shard.seq], place)
 
     def quarantine(self, seq: int, name: str, reason: str) -> BadShardError:
         """Record durably that the run does not use a shard; gives the error to raise."""
