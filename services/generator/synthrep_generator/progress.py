@@ -73,6 +73,12 @@ class DatasetIndex:
         return self.paths.dataset
 
     @property
+    def owner(self) -> str | None:
+        """Owner of the first batch, and thereby of the data set; None without one."""
+        with self._lock:
+            return self._tally.first.owner if self._tally.first else None
+
+    @property
     def last_seq(self) -> int:
         """Last sequence number that was read."""
         return self._reader.seq

@@ -51,6 +51,7 @@ class Batch:
 
     id: str
     dataset: str
+    owner: str
     num_prompts: int
     images_per_prompt: int
     created_at: datetime
@@ -98,11 +99,12 @@ class Totals:
 
 @dataclass(slots=True)
 class Tally:
-    """Batches, totals, and which batches changed since when."""
+    """Batches, totals, the first batch of all, and which batches changed since when."""
 
     outcomes: Outcomes = field(default_factory=Outcomes)
     totals: Totals = field(default_factory=Totals)
     batches: dict[str, Batch] = field(default_factory=dict)
+    first: Batch | None = None
     tick: int = 0
     _paces: dict[str, Pace] = field(default_factory=dict)
     _changed: OrderedDict[str, int] = field(default_factory=OrderedDict)
@@ -114,11 +116,13 @@ class Tally:
         batch = Batch(
             header.id,
             header.dataset,
+            header.owner,
             header.num_prompts,
             header.settings.images_per_prompt,
             header.created_at,
         )
         self.batches[batch.id] = batch
+        self.first = min(self.first or batch, batch, key=lambda b: (b.created_at, b.id))
         self.totals.accepted += batch.num_prompts
         self.totals.unfinished_images += batch.num_prompts * batch.images_per_prompt
         self._settle(batch.id)
