@@ -56,3 +56,16 @@ def test_stalled_redis_keeps_nobody_waiting(backlog):
 def test_nudge_reaches_the_backlog(backlog):
     LiveWork(backlog).nudge()
     assert backlog.nudges == 1
+
+
+def test_recent_numbers_are_answered_while_newer_ones_are_on_the_way(backlog):
+    backlog.prompts = {"b": 3}
+    live = LiveWork(backlog, refresh_s=0.25)
+    assert live.running() == {"b": 3}
+    release = threading.Event()
+    backlog.queue_view = release.wait
+    time.sleep(0.25)
+    started = time.perf_counter()
+    assert live.running() == {"b": 3}
+    assert time.perf_counter() - started < 0.04
+    release.set()

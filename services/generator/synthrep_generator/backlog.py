@@ -7,6 +7,7 @@ asks it, at most twice a second, and only while somebody wants to know.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,10 @@ from redis.exceptions import RedisError
 from synthrep_generator.errors import BacklogUnknownError
 
 logger = logging.getLogger(__name__)
-_PATIENCE_S = 0.05  # what an answer from files waits for fresh numbers
+_PATIENCE_S = 0.05  # what an answer from files waits for numbers, where the last ones are too old
 _LONG_PATIENCE_S = 1.0  # what an answer about Redis itself waits
 _MAX_AGE_S = 5.0
+_MAX_REFRESHES_BEHIND = 4  # numbers so old do beside an answer from files; new ones are on the way
 
 
 class QueueState(Protocol):
@@ -81,6 +83,7 @@ class LiveWork:
     def __init__(self, backlog: Backlog, *, refresh_s: float = 0.5) -> None:
         self._backlog = backlog
         self._refresh_s = refresh_s
+        self._fresh_s = _MAX_REFRESHES_BEHIND * refresh_s
         self._lock = threading.Lock()
         self._refresher: threading.Thread | None = None
         self._snapshot: Snapshot | None = None
@@ -89,17 +92,17 @@ class LiveWork:
 
     def running(self) -> Mapping[str, int]:
         """Prompts in leased jobs by batch; empty while Redis does not answer."""
-        snapshot = self._latest(_PATIENCE_S)
+        snapshot = self._latest(_PATIENCE_S, self._fresh_s)
         return {} if snapshot is None else snapshot.running
 
     def workers(self) -> Sequence[WorkerState]:
         """The live workers; empty while Redis does not answer."""
-        snapshot = self._latest(_PATIENCE_S)
+        snapshot = self._latest(_PATIENCE_S, self._fresh_s)
         return () if snapshot is None else snapshot.workers
 
     def snapshot(self) -> Snapshot:
         """The work in hand; raises BacklogUnknownError while Redis does not answer."""
-        snapshot = self._latest(_LONG_PATIENCE_S)
+        snapshot = self._latest(_LONG_PATIENCE_S, 0.0)
         if snapshot is None:
             raise BacklogUnknownError("Redis does not answer; accepted work is safe meanwhile")
         return snapshot
@@ -113,18 +116,20 @@ class LiveWork:
         else:
             self._note(None)
 
-    def _latest(self, patience_s: float) -> Snapshot | None:
+    def _latest(self, patience_s: float, fresh_s: float) -> Snapshot | None:
+        """The last snapshot; waits for one that is due if the last is older than `fresh_s`."""
         with self._lock:
             if self._refresher is None and time.monotonic() >= self._due_at:
                 self._refresher = threading.Thread(target=self._refresh, daemon=True)
                 self._refresher.start()
             refresher = self._refresher
-        if refresher is not None:
+        if refresher is not None and self._age_s() > fresh_s:
             refresher.join(patience_s)
+        return self._snapshot if self._age_s() <= _MAX_AGE_S else None
+
+    def _age_s(self) -> float:
         snapshot = self._snapshot
-        if snapshot is None or time.monotonic() - snapshot.taken_at > _MAX_AGE_S:
-            return None
-        return snapshot
+        return math.inf if snapshot is None else time.monotonic() - snapshot.taken_at
 
     def _note(self, error: RedisError | None) -> None:
         """Log when Redis goes and when it comes back."""
