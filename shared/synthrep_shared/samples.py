@@ -26,7 +26,9 @@ Json = Mapping[str, Any]
 class SampleMetadata(BaseModel):
     """The JSON beside each image of a shard: enough to make the image again."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     caption: str
     caption_id: str
@@ -41,6 +43,15 @@ class SampleMetadata(BaseModel):
     negative_prompt: str
     stored_px: int
     generator_version: str
+    dtype: str = ""
+    loras: tuple[str, ...] = ()
+    caption_truncated: bool = False
+    attempt: int = Field(default=0, ge=0)
+    """Seeds that a quality gate refused before this one."""
+    batch_images: int = Field(default=1, ge=1)
+    """Images in the device pass that made this one: pixels depend on it by rounding."""
+    image_quality: int | None = Field(default=None, ge=1, le=100)
+    """Quality of the stored JPEG or WebP file; None where it was not recorded."""
 
 
 def normalise_caption(text: str) -> str:
@@ -59,10 +70,16 @@ def group_id(dataset: str, batch: str, index: int, prompt: str, settings: Json) 
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
-def image_seed(gid: str, image_index: int, *, request_seed: int | None, index: int) -> int:
-    """The seed of an image, from the request's seed where there is one, else from gid."""
+def image_seed(
+    gid: str, image_index: int, *, request_seed: int | None, index: int, attempt: int = 0
+) -> int:
+    """The seed of an image, from the request's seed where there is one, else from gid.
+
+    `attempt` counts the seeds of this image that were refused before.
+    """
     source = gid if request_seed is None else f"{request_seed}:{index}"
-    digest = hashlib.sha256(f"{source}:{image_index}".encode()).digest()
+    source = f"{source}:{image_index}:{attempt}" if attempt else f"{source}:{image_index}"
+    digest = hashlib.sha256(source.encode()).digest()
     return int.from_bytes(digest[:_SEED_BYTES], "big")
 
 

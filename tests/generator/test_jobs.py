@@ -64,7 +64,7 @@ def stack(generator_stack: Callable[..., Any]) -> Any:
 @pytest.fixture
 def bench(stack: Any) -> Bench:
     model = stack.settings.models["tiny"]
-    synthesizer = FakeSynthesizer(store_px=STORE_PX)
+    synthesizer = FakeSynthesizer(store_px=STORE_PX, batch_images=4)
     return Bench(synthesizer, model, "png", 95, Watch())
 
 

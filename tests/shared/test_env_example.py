@@ -76,8 +76,9 @@ def _comment(text: str) -> Iterator[str]:
 
 def _fields_of(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        default = "" if field.is_required() else f" Default {_written(field.default) or 'none'}."
-        yield from _comment(f"- {name}: {field.description}{default}")
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = "" if field.is_required() else f" Default {_written(value) or 'none'}."
+        yield from _comment(f"- {name}: {' '.join((field.description or '').split())}{default}")
 
 
 def _written(value: Any) -> str:
@@ -85,7 +86,12 @@ def _written(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, dict):
-        models = {alias: model.model_dump(mode="json") for alias, model in value.items()}
+        if not value:
+            return ""
+        models = {
+            alias: model.model_dump(mode="json", exclude_defaults=True)
+            for alias, model in value.items()
+        }
         for fields in models.values():
             fields["path"] = _relative(Path(fields["path"]))
         return f"'{json.dumps(models)}'"

@@ -163,7 +163,10 @@ class DeviceProcess:
 def make_synthesizer(settings: GeneratorSettings, model: ModelConfig) -> Synthesizer:
     """The configured synthesizer, loaded; raises ModelFilesMissingError without the files."""
     if settings.synthesizer == "fake":
-        return FakeSynthesizer(store_px=model.store_px, delay_s=settings.fake_delay_s)
+        fake = FakeSynthesizer(store_px=model.store_px, delay_s=settings.fake_delay_s)
+        if model.device_batch_images != "auto":
+            fake.batch_images = model.device_batch_images
+        return fake
     if not model.path.is_dir():
         raise ModelFilesMissingError(f"no model folder {model.path}; pull the model first")
     from synthrep_generator.diffusion import load_synthesizer

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from synthrep_generator.errors import ModelFilesMissingError, PermanentPromptError
 from synthrep_generator.settings import ModelConfig
-from synthrep_generator.synthesis import ImageTask, Pixels, Recipe
+from synthrep_generator.synthesis import CaptionFit, ImageTask, Pixels, Recipe
 
 _SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -75,7 +75,7 @@ class DiffusersSynthesizer:
         pipeline.set_progress_bar_config(disable=True)
         self._scheduler_config = pipeline.scheduler.config
         self._captions: OrderedDict[str, Tensor] = OrderedDict()
-        self._max_batch = model.device_batch_images
+        self._max_batch = 40 if model.device_batch_images == "auto" else model.device_batch_images
 
     @property
     def device(self) -> str:
@@ -88,6 +88,21 @@ class DiffusersSynthesizer:
     def revision(self) -> str:
         """See synthesis.Synthesizer."""
         return self._model.revision
+
+    @property
+    def dtype(self) -> str:
+        """See synthesis.Synthesizer."""
+        return str(self._pipeline.unet.dtype).removeprefix("torch.")
+
+    @property
+    def batch_images(self) -> int:
+        """See synthesis.Synthesizer."""
+        return self._max_batch
+
+    def caption_fit(self, prompt: str) -> CaptionFit:
+        """See synthesis.Synthesizer."""
+        tokenizer = self._pipeline.tokenizer
+        return CaptionFit(len(tokenizer(prompt).input_ids), tokenizer.model_max_length)
 
     @torch.inference_mode()
     def generate(

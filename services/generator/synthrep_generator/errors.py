@@ -3,6 +3,7 @@
 SynthRepError
 ├── UnknownModelError      the alias is not configured
 ├── ModelFilesMissingError the alias is configured, its files are not here
+├── ModelConfigError       what is configured does not fit the model
 ├── IdempotencyConflictError  the key was used with another body
 ├── IntakeError            an intake file is malformed
 ├── HighWaterError         too many prompts are accepted and unfinished
@@ -27,6 +28,10 @@ class UnknownModelError(SynthRepError):
 
 class ModelFilesMissingError(SynthRepError):
     """The alias is configured, but its files are not on this machine."""
+
+
+class ModelConfigError(SynthRepError):
+    """What is configured does not fit the model."""
 
 
 class IdempotencyConflictError(SynthRepError):

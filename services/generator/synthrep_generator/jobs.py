@@ -106,10 +106,11 @@ def make_request(chunk: Chunk, files: DatasetFiles) -> ShardRequest | None:
     for part in chunk.parts:
         reader = files.reader(part.batch)
         header = reader.header
-        if settings is not None and header.settings != settings:
-            raise IntakeError(f"chunk {chunk.id} mixes batches of different settings")
-        settings = header.settings
         for index, prompt in enumerate(reader.prompts(part.start, part.count), part.start):
+            own = header.settings_of(index)
+            settings = settings or own
+            if own != settings:
+                raise IntakeError(f"chunk {chunk.id} mixes prompts of different settings")
             if files.log.outcomes.is_decided(part.batch, index):
                 continue
             gid = header.gid(index, prompt)
@@ -132,7 +133,7 @@ def generate_shard(request: ShardRequest, bench: Bench) -> JobResult:
     with ShardWriter(folder) as writer, ThreadPoolExecutor(_ENCODERS) as pool:
         shelf = _Shelf(request, bench, recipe, writer, pool)
         try:
-            for tasks in _device_batches(request.groups, bench.model.device_batch_images):
+            for tasks in _device_batches(request.groups, bench.synthesizer.batch_images):
                 bench.watch.begin(_places(tasks))
                 images = [ImageTask(group.prompt, group.seeds[k]) for group, k in tasks]
                 shelf.add(tasks, bench.synthesizer.generate(images, recipe, bench.watch.step))
@@ -243,6 +244,9 @@ def _metadata(
         negative_prompt=recipe.negative_prompt,
         stored_px=bench.model.store_px,
         generator_version=_generator_version(),
+        dtype=bench.synthesizer.dtype,
+        loras=tuple(f"{lora.path.name}@{lora.scale:g}" for lora in bench.model.loras),
+        caption_truncated=bench.synthesizer.caption_fit(group.prompt).is_truncated,
     )
     return json.dumps(metadata.model_dump(), sort_keys=True).encode()
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from synthrep_shared.settings import ServiceSettings
+
+Sampler = Literal["ddim", "dpm++", "euler", "euler-a", "lcm", "flow-match"]
+
+
+class LoraConfig(BaseModel):
+    """A LoRA that is fused into a model when it is loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    path: Path
+    """A safetensors file; relative to the model's folder."""
+    scale: float = Field(default=1.0, ge=-10, le=10)
+    """Strength."""
 
 
 class ModelConfig(BaseModel):
@@ -19,20 +32,37 @@ class ModelConfig(BaseModel):
 
     path: Path
     """Folder of a diffusers pipeline; safetensors only."""
+    variant: str | None = Field(default=None, pattern="^[a-z0-9_]{1,20}$")
+    """Which of several weight files of a part, for instance fp16; others where a part lacks it."""
     revision: str = "local"
-    """What the samples' JSON records as the model's revision."""
+    """What the samples' JSON records as the model's revision; that of the manifest has priority."""
     guidance_scale: float = Field(default=2.0, ge=0, le=30)
-    """Default classifier-free guidance."""
+    """Default guidance: classifier-free, or what a distilled model takes in its place."""
     num_inference_steps: int = Field(default=50, ge=1, le=250)
     """Default denoising steps."""
-    scheduler: Literal["ddim", "dpm++", "euler"] = "ddim"
-    """Default sampler."""
-    generate_px: int = Field(default=512, ge=8, le=2048)
+    scheduler: Sampler = "ddim"
+    """Default sampler; the kind of pipeline decides which it takes."""
+    scheduler_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Options of the diffusers scheduler that differ from the model's own."""
+    generate_px: int = Field(default=512, ge=8, le=4096)
     """Side of the image that the pipeline makes, px."""
-    store_px: int = Field(default=256, ge=8, le=2048)
+    store_px: int = Field(default=256, ge=8, le=4096)
     """Side of the stored image, px."""
-    device_batch_images: int = Field(default=40, ge=1, le=1024)
-    """Images in one pass through the pipeline, over all prompts of a job."""
+    device_batch_images: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Images in one pass through the pipeline, over all prompts of a job; `auto` searches the best
+    number when the model is first loaded on a kind of device, and remembers it."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of text encoders and denoiser; `auto`: fp32 on a CPU, bf16 or fp16 on CUDA."""
+    channels_last: bool = False
+    """Whether convolutions keep channels in the last place of memory."""
+    compile: bool = False
+    """Whether torch.compile makes kernels for the denoiser, at the cost of a slow first batch."""
+    attention: Literal["sdpa", "math", "efficient", "flash", "cudnn"] = "sdpa"
+    """Kernel of scaled dot product attention; `sdpa` leaves the choice to torch."""
+    vae_tiling: bool = False
+    """Whether large images are decoded in tiles, with less memory and faint seams."""
+    loras: tuple[LoraConfig, ...] = ()
+    """LoRA files: path and scale each, fused in this order."""
     licence: str = ""
     """Shown by `GET /v1/models`."""
 
@@ -68,6 +98,10 @@ class GeneratorSettings(ServiceSettings):
     """Name of the one RQ queue."""
     models: dict[str, ModelConfig] = Field(default_factory=_tiny)
     """Aliases that clients may name, as JSON."""
+    model_cache: Path = Path("~/.cache/synthrep/models")
+    """Folder that `synthrep models pull` fills: one folder for each alias of the catalogue."""
+    batch_sizes: Path = Path("~/.cache/synthrep/batch-sizes.json")
+    """File in which workers remember the best device batch of each model and kind of device."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     """Device of a worker; `auto` takes CUDA where there is one."""
     threads: int = Field(default=0, ge=0, le=1024)

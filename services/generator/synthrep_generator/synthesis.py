@@ -24,6 +24,7 @@ Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 _NAP_S = 0.02
 _FOREVER_S = 1e9
 _PATCH_PX = 4
+_FAKE_WINDOW = 77
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,29 @@ class Recipe:
     num_inference_steps: int
     scheduler: str
     negative_prompt: str
+    long_captions: str = "truncate"
+
+
+@dataclass(frozen=True)
+class CaptionFit:
+    """How many tokens a caption has, marks of start and end included, and how many are taken."""
+
+    tokens: int
+    window: int
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the end of the caption is lost on the model."""
+        return self.tokens > self.window
+
+
+def refuse_long(fit: CaptionFit, recipe: Recipe) -> PermanentPromptError | None:
+    """The failure of a caption that is longer than its request wants taken; None if it may pass."""
+    if recipe.long_captions != "refuse" or not fit.is_truncated:
+        return None
+    return PermanentPromptError(
+        f"the caption has {fit.tokens} tokens; the model's text encoder takes {fit.window}"
+    )
 
 
 def recipe_from_settings(settings: GenerationSettings) -> Recipe:
@@ -53,7 +77,7 @@ def recipe_from_settings(settings: GenerationSettings) -> Recipe:
     )
     if scale is None or steps is None or scheduler is None:
         raise ValueError("the settings of a batch must have every default of the model filled in")
-    return Recipe(scale, steps, scheduler, settings.negative_prompt)
+    return Recipe(scale, steps, scheduler, settings.negative_prompt, settings.long_captions)
 
 
 class Synthesizer(Protocol):
@@ -69,6 +93,20 @@ class Synthesizer(Protocol):
         """What samples record as the model's revision."""
         ...
 
+    @property
+    def dtype(self) -> str:
+        """Number format of the work, as samples record it."""
+        ...
+
+    @property
+    def batch_images(self) -> int:
+        """Images that one pass takes now; may shrink from one pass to the next."""
+        ...
+
+    def caption_fit(self, prompt: str) -> CaptionFit:
+        """Whether the text encoder takes all of a caption; any thread may ask."""
+        ...
+
     def generate(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
     ) -> list[Pixels | PermanentPromptError]:
@@ -81,14 +119,20 @@ class FakeSynthesizer:
 
     Prompts that contain one of these marks go wrong in its way, at every run:
     `[fake:refuse]` no image can be made, `[fake:blank]` a black image, `[fake:raise]` an exception,
-    `[fake:crash]` the process is gone, `[fake:hang]` the call never returns.
+    `[fake:crash]` the process is gone, `[fake:hang]` the call never returns. A word is a token.
     """
 
     device = "fake"
     revision = "fake"
+    dtype = "fake"
 
-    def __init__(self, *, store_px: int, delay_s: float = 0.0) -> None:
+    def __init__(self, *, store_px: int, delay_s: float = 0.0, batch_images: int = 40) -> None:
         self._store_px, self._delay_s = store_px, delay_s
+        self.batch_images = batch_images
+
+    def caption_fit(self, prompt: str) -> CaptionFit:
+        """See Synthesizer."""
+        return CaptionFit(len(prompt.split()) + 2, _FAKE_WINDOW)
 
     def generate(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
@@ -97,7 +141,8 @@ class FakeSynthesizer:
         results: list[Pixels | PermanentPromptError] = []
         for task in tasks:
             self._sleep(self._delay_s, on_step)
-            results.append(self._make(task))
+            refused = refuse_long(self.caption_fit(task.prompt), recipe)
+            results.append(refused or self._make(task))
         return results
 
     def _make(self, task: ImageTask) -> Pixels | PermanentPromptError:

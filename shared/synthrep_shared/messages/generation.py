@@ -20,6 +20,38 @@ from synthrep_shared.messages.fields import (
 )
 from synthrep_shared.samples import SampleMetadata
 
+Scheduler = Literal["ddim", "dpm++", "euler"]
+
+
+class QualityGate(Request):
+    """Which images of a batch are refused, and made again with their next seed."""
+
+    blank: bool = True
+    """Images of next to one colour."""
+    duplicates: bool = True
+    """Images that look like another of their group, or of a group of the batch made lately."""
+    safety: bool = False
+    """Images that the model's own or the configured safety checker marks."""
+    min_clip_score: float | None = Field(default=None, ge=-1, le=1)
+    """Least cosine of image and caption, as the configured CLIP model has it."""
+    max_attempts: int = Field(default=4, ge=1, le=16)
+    """Seeds tried for an image before its prompt ends as a failure."""
+
+
+class MixtureComponent(Request):
+    """One way of making images; fields that are None take the batch's value, then the model's."""
+
+    model: Alias | None = None
+    """Alias of a text-to-image model in the service's configuration."""
+    guidance_scale: float | None = Field(default=None, ge=0, le=30)
+    """Classifier-free guidance."""
+    num_inference_steps: int | None = Field(default=None, ge=1, le=250)
+    """Denoising steps."""
+    scheduler: Scheduler | None = None
+    """Diffusion sampler."""
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    """Share of the prompts, relative to the other components."""
+
 
 class GenerationSettings(Request):
     """How the images of a batch are made; fields that are None take the model's own default."""
@@ -32,7 +64,7 @@ class GenerationSettings(Request):
     """Classifier-free guidance; low values keep the images of a caption apart."""
     num_inference_steps: int | None = Field(default=None, ge=1, le=250)
     """Denoising steps."""
-    scheduler: Literal["ddim", "dpm++", "euler"] | None = None
+    scheduler: Scheduler | None = None
     """Diffusion sampler."""
     negative_prompt: Annotated[
         str, StringConstraints(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(clean_text)
@@ -40,9 +72,21 @@ class GenerationSettings(Request):
     """Text to steer away from."""
     seed: int | None = Field(default=None, ge=0, lt=2**53)
     """Makes image k of prompt i the same in every batch with this seed."""
+    quality_gate: QualityGate | None = None
+    """Makes poor images again; none: an image of exactly one colour fails its prompt, no more."""
+    mixture: tuple[MixtureComponent, ...] = Field(default=(), max_length=16)
+    """Deals the prompts out to these, by weight, evenly over the batch; empty: no mixture."""
     long_captions: Literal["truncate", "refuse"] = "truncate"
     """What becomes of a prompt that is longer than the text encoder's window: made of its start
     and flagged in the samples' JSON, or a recorded failure."""
+
+    def variants(self) -> tuple[GenerationSettings, ...]:
+        """The settings without mixture that prompts are made with, one for each component."""
+        return tuple(self._variant(component) for component in self.mixture) or (self,)
+
+    def _variant(self, component: MixtureComponent) -> GenerationSettings:
+        given = component.model_dump(exclude={"weight"}, exclude_none=True)
+        return self.model_copy(update={**given, "mixture": ()})
 
 
 class BatchRequest(GenerationSettings):
