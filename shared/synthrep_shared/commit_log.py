@@ -1,28 +1,23 @@
 """The commit log of a dataset: a shard exists once a line here names it.
 
-One JSON object per line, numbered from 1 without holes. A line is appended under a file lock and
-flushed to disk: that is the commit point. A torn last line (a writer died in it) is no line; the
-next writer cuts it off. Readers take whole lines only and never lock.
+One JSON object per line, numbered from 1 without holes; `log_media` says where the lines are and
+what the commit point is. Readers take whole lines only and never lock.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from synthrep_shared.errors import AlreadyDecidedError, CommitLogError
-from synthrep_shared.failpoints import failpoint
-from synthrep_shared.storage import sync_folder
+from synthrep_shared.log_media import open_medium
+from synthrep_shared.storage import Location
 
 VERSION = 1
 Kind = Literal["shard", "failure", "reject", "cancel"]
@@ -66,38 +61,44 @@ class LogReader:
     A position is the `seq` and `offset` that a reader of the same log had after a poll.
     """
 
-    def __init__(self, path: Path, *, seq: int = 0, offset: int = 0) -> None:
+    def __init__(self, path: Location, *, seq: int = 0, offset: int = 0) -> None:
         self._path = path
+        self._medium = open_medium(path)
         self._offset = offset
         self.seq = seq
 
     @property
     def offset(self) -> int:
-        """Byte offset of the first line that was not read yet."""
+        """Byte offset of the first line that was not read yet, where the log is one file."""
         return self._offset
 
+    @property
+    def torn_bytes(self) -> int:
+        """After a poll that gave nothing: length of a last line whose writer did not end it."""
+        return self._medium.torn_bytes(self._offset)
+
     def poll(self, max_bytes: int = 16 << 20) -> list[CommitRecord]:
-        """New records, oldest first, or none; raises CommitLogError on a bad line."""
-        data = self._read(max_bytes)
-        whole = data[: data.rfind(b"\n") + 1]
-        records = [
-            self._parse(line, seq) for seq, line in enumerate(whole.splitlines(), self.seq + 1)
-        ]
+        """New records, oldest first, or none; raises CommitLogError on a bad line, OSError."""
+        lines, offset = self._medium.read(self.seq, self._offset, max_bytes)
+        records = [self._parse(line, seq) for seq, line in enumerate(lines, self.seq + 1)]
         self.seq += len(records)
-        self._offset += len(whole)
+        self._offset = offset
         return records
 
-    def _read(self, max_bytes: int) -> bytes:
-        # One system call, lest a torn line is read and then the end of the line in its place.
-        try:
-            with self._path.open("rb", buffering=0) as stream:
-                data = os.pread(stream.fileno(), max_bytes, self._offset)
-                while len(data) == max_bytes and b"\n" not in data:
-                    max_bytes *= 2
-                    data = os.pread(stream.fileno(), max_bytes, self._offset)
-        except FileNotFoundError:
-            return b""
-        return data
+    def seek(self, seq: int) -> bool:
+        """Go on after `seq`, where that takes no offset; False, without effect, where it does."""
+        if self._medium.is_seekable:
+            self.seq = seq
+        return self._medium.is_seekable
+
+    def can_be_committed(self, number: int) -> bool:
+        """Whether a file named for this number, and by no record yet, may still be committed."""
+        return number > self.seq + 1 - self._medium.numbers_per_name
+
+    @property
+    def is_named_under_lock(self) -> bool:
+        """Whether writers name a file and commit it in one step that keeps all others out."""
+        return self._medium.numbers_per_name == 1
 
     def _parse(self, line: bytes, seq: int) -> CommitRecord:
         try:
@@ -111,9 +112,10 @@ class LogReader:
         return record
 
 
-def read_log(path: Path, after: int = 0) -> Iterator[CommitRecord]:
+def read_log(path: Location, after: int = 0) -> Iterator[CommitRecord]:
     """The records present now with seq > `after`, oldest first."""
     reader = LogReader(path)
+    reader.seek(after)
     while records := reader.poll():
         yield from (r for r in records if r.seq > after)
 
@@ -162,11 +164,11 @@ class Outcomes:
 
 
 class CommitLog:
-    """The writing side; safe for several threads, processes and hosts of one POSIX file system."""
+    """The writing side; safe for several threads, processes and hosts that see the same log."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Location) -> None:
         self._reader = LogReader(path)
+        self._medium = open_medium(path)
         self._thread_lock = threading.RLock()
         self.outcomes = Outcomes()
 
@@ -189,52 +191,35 @@ class CommitLog:
     ) -> CommitRecord:
         """Decide `groups` by one line. `name` gets the sequence number and publishes the file.
 
-        Raises AlreadyDecidedError, before `name` is called, if a group of a shard or failure has
-        an outcome already.
+        Raises AlreadyDecidedError if a group of a shard or failure has an outcome already: before
+        `name` is called, unless another writer took the number meanwhile. The published file keeps
+        its name for the next numbers then, see `LogMedium.numbers_per_name`.
         """
         with self.exclusive():
-            seq = self.refresh() + 1
-            if kind in ("shard", "failure"):
-                decided = [g.gid for g in groups if self.outcomes.is_decided(g.batch, g.index)]
-                if decided:
-                    raise AlreadyDecidedError(decided)
-            record = CommitRecord(
-                seq=seq, kind=kind, name=name(seq), sha256=sha256, bytes=num_bytes,
-                groups=groups, created_at=datetime.now(UTC),
-            )  # fmt: skip
-            self._write_line(record.model_dump_json().encode() + b"\n")
+            named, named_for = "", 0
+            while True:
+                seq = self.refresh() + 1
+                if kind in ("shard", "failure"):
+                    decided = [g.gid for g in groups if self.outcomes.is_decided(g.batch, g.index)]
+                    if decided:
+                        raise AlreadyDecidedError(decided)
+                if not named or seq >= named_for + self._medium.numbers_per_name:
+                    named, named_for = name(seq), seq
+                record = CommitRecord(
+                    seq=seq, kind=kind, name=named, sha256=sha256, bytes=num_bytes,
+                    groups=groups, created_at=datetime.now(UTC),
+                )  # fmt: skip
+                if self._medium.write(seq, record.model_dump_json().encode()):
+                    break
             self.refresh()
             return record
 
     @contextmanager
     def exclusive(self) -> Iterator[int]:
-        """Keep all writers out; cuts a torn last line off and gives the bytes that it had."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._thread_lock, (self._path.parent / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield self._cut_torn_line()
+        """Keep all writers out of a log that is a file; gives the bytes of a torn line cut off."""
+        with self._thread_lock, self._medium.locked(self._catch_up) as torn_bytes:
+            yield torn_bytes
 
-    def _cut_torn_line(self) -> int:
-        if not self._path.exists():
-            return 0
+    def _catch_up(self) -> int:
         self.refresh()
-        torn_bytes = self._path.stat().st_size - self._reader.offset
-        if torn_bytes > 0:
-            os.truncate(self._path, self._reader.offset)
-        return torn_bytes
-
-    def _write_line(self, line: bytes) -> None:
-        is_new = not self._path.exists()
-        # Unbuffered, so that nothing is written after the truncation of a failed append.
-        with self._path.open("ab", buffering=0) as stream:
-            before = stream.tell()
-            try:
-                if stream.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, "short write to the commit log")
-                failpoint("line-written")
-                os.fsync(stream.fileno())
-            except OSError:
-                os.truncate(self._path, before)
-                raise
-        if is_new:
-            sync_folder(self._path.parent)
+        return self._reader.offset

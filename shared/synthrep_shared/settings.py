@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from synthrep_shared.keys import ApiKey
+from synthrep_shared.storage import Root
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 _CLIENTS = ("SYNTHREP_GENERATOR_URL", "SYNTHREP_TRAINER_URL")  # share the services' prefixes
@@ -26,8 +27,8 @@ class ServiceSettings(BaseSettings):
         frozen=True, extra="forbid", env_nested_delimiter="__", use_attribute_docstrings=True
     )
 
-    root: Path = Path("runs/data")
-    """Folder that holds the datasets; both services and the workers see the same one."""
+    root: Root = Path("runs/data")
+    """Folder or `s3://bucket/prefix` that holds the datasets; services and workers see the same."""
     host: str = "127.0.0.1"
     """Address to listen on; other than loopback needs at least one API key."""
     api_keys: tuple[ApiKey, ...] = ()

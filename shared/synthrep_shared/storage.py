@@ -1,7 +1,9 @@
-"""Paths under the shard root, and publishing: a file is whole under its name, or absent.
+"""The data sets under a root, local folder or `s3://bucket/prefix`, and publishing into them.
 
-Publishing writes aside, flushes the file to disk, hard-links it to its final name (which fails if
-the name exists: the first writer wins) and flushes the folder.
+A published file is whole under its name, or absent. On a local disk publishing writes aside,
+flushes the file, hard-links it to its final name (which fails if the name exists: the first writer
+wins) and flushes the folder. In an object store it is one conditional PUT. This module and
+`log_media` know the difference; a `Location` is read in the same way on both.
 """
 
 from __future__ import annotations
@@ -10,22 +12,57 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from synthrep_shared.errors import StorageError
 from synthrep_shared.failpoints import failpoint
+from synthrep_shared.object_store import (
+    ObjectPath,
+    abort_uploads,
+    list_folders,
+    list_objects,
+    probe_store,
+)
 from synthrep_shared.samples import DATASET_PATTERN
 
 _DATASET = re.compile(DATASET_PATTERN)
 _READ_BYTES = 1 << 20
+
+Location = Path | ObjectPath
+"""A file or folder, or an object or the common start of the names of some."""
+
+
+def parse_root(value: Any) -> Location:
+    """The folder, or the place in an object store, that a setting names; StorageError if neither.
+
+    `s3://bucket/prefix` is in a store, anything else is a path.
+    """
+    text = str(value)
+    return ObjectPath.from_url(text) if "://" in text else Path(text)
+
+
+Root = Annotated[
+    Location,
+    PlainValidator(parse_root),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string"}),
+]
 
 
 @dataclass(frozen=True)
 class DatasetPaths:
     """Where the parts of one dataset lie."""
 
-    root: Path
+    root: Location
     dataset: str
 
     def __post_init__(self) -> None:
@@ -33,49 +70,140 @@ class DatasetPaths:
             raise StorageError(f"dataset name must match {DATASET_PATTERN}")
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Location:
         return self.root / self.dataset
 
     @property
-    def intake(self) -> Path:
+    def intake(self) -> Location:
         return self.folder / "intake"
 
     @property
-    def shards(self) -> Path:
+    def shards(self) -> Location:
         return self.folder / "shards"
 
     @property
-    def failures(self) -> Path:
+    def failures(self) -> Location:
         return self.folder / "failures"
 
     @property
-    def control(self) -> Path:
+    def control(self) -> Location:
         return self.folder / "control"
 
     @property
-    def log(self) -> Path:
-        return self.folder / "log" / "commits.jsonl"
+    def log(self) -> Location:
+        """A file of lines, or in a store what the names of the records begin with."""
+        folder = self.folder / "log"
+        return folder / "commits.jsonl" if isinstance(folder, Path) else folder
 
     @property
     def temporary(self) -> Path:
-        return self.folder / "tmp"
+        """Where files are in the making: always on this machine."""
+        return spool_folder(self.root) / self.dataset / "tmp"
 
     def make_folders(self) -> None:
         """Create the folders of the dataset where they are absent, durably."""
-        folders = (self.intake, self.shards, self.failures, self.control, self.log.parent)
-        absent = [folder for folder in (*folders, self.temporary) if not folder.is_dir()]
+        folders = [self.temporary]
+        if isinstance(self.root, Path):
+            names = ("intake", "shards", "failures", "control", "log")
+            folders += [self.root / self.dataset / name for name in names]
+        absent = [folder for folder in folders if not folder.is_dir()]
         for folder in absent:
             folder.mkdir(parents=True, exist_ok=True)
-        if absent:
-            sync_folder(self.folder)
+        if absent and isinstance(self.root, Path):
+            sync_folder(self.root / self.dataset)
             sync_folder(self.root)
 
 
-def list_datasets(root: Path) -> list[str]:
+class StoredFile(NamedTuple):
+    """A file or object and when it was last written, seconds since the epoch."""
+
+    path: Location
+    modified_s: float
+
+
+def relative_name(file: Location, folder: Location) -> str:
+    """The rest of a file's name after that of a folder that holds it."""
+    return str(file)[len(str(folder)) + 1 :]
+
+
+def prepare_root(root: Location) -> None:
+    """Make the folder; or raise StorageError unless the store can keep the project's promises."""
+    if isinstance(root, Path):
+        root.mkdir(parents=True, exist_ok=True)
+    else:
+        probe_store(root)
+
+
+def is_writable(root: Location) -> bool:
+    """Whether the folder may be written or the store answers."""
+    if isinstance(root, Path):
+        return os.access(root, os.W_OK)
+    try:
+        root.is_dir()
+    except OSError:
+        return False
+    return True
+
+
+def spool_folder(root: Location) -> Path:
+    """The local folder for files in the making: the root itself, or one below `TMPDIR`."""
+    if isinstance(root, Path):
+        return root
+    digest = hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    spool = Path(tempfile.gettempdir()) / f"synthrep-{os.getuid()}" / digest
+    spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return spool
+
+
+def free_bytes(root: Location) -> int:
+    """Free space of the disk that files in the making take, for those without privileges."""
+    return shutil.disk_usage(spool_folder(root)).free
+
+
+def list_datasets(root: Location) -> list[str]:
     """Names of the datasets under `root`, sorted."""
+    if not isinstance(root, Path):
+        return sorted(name for name in list_folders(root) if _DATASET.fullmatch(name))
     if not root.is_dir():
         return []
     return sorted(p.name for p in root.iterdir() if _DATASET.fullmatch(p.name) and p.is_dir())
+
+
+def list_names(folder: Location) -> list[str]:
+    """Names of the files right under a folder, in no order; none if there is no such folder."""
+    if not isinstance(folder, Path):
+        return [found.path.name for found in list_objects(folder)]
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries]
+    except FileNotFoundError:
+        return []
+
+
+def list_files(folder: Location) -> Iterator[StoredFile]:
+    """The files right under a folder, but for those that go meanwhile."""
+    if not isinstance(folder, Path):
+        yield from (StoredFile(found.path, found.modified_s) for found in list_objects(folder))
+    elif folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if entry.is_file():
+                        yield StoredFile(Path(entry.path), entry.stat().st_mtime)
+
+
+def folder_changed_ns(folder: Location) -> int:
+    """When an entry was last added to a folder, ns since the epoch; now, where nobody knows.
+
+    Raises FileNotFoundError if there is no such folder.
+    """
+    return folder.stat().st_mtime_ns if isinstance(folder, Path) else time.time_ns()
+
+
+def drop_stale_uploads(folder: Location, *, started_before_s: float) -> None:
+    """Give back what uploads in parts took that were never completed."""
+    if not isinstance(folder, Path):
+        abort_uploads(folder, started_before_s=started_before_s)
 
 
 def sync_folder(folder: Path) -> None:
@@ -92,8 +220,15 @@ def temporary_path(folder: Path, stem: str) -> Path:
     return folder / f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.part"
 
 
-def publish_file(written: Path, final: Path) -> bool:
-    """Give the flushed file `written` its final name and remove it; False if that name exists."""
+def publish_file(written: Path, final: Location) -> bool:
+    """Give the flushed file `written` its final name; False if that name exists.
+
+    On a local disk `written` is gone then; a store has a copy of it.
+    """
+    if not isinstance(final, Path):
+        is_first = final.create(written)
+        failpoint("file-linked")
+        return is_first
     try:
         os.link(written, final)
         failpoint("file-linked")
@@ -105,8 +240,13 @@ def publish_file(written: Path, final: Path) -> bool:
     return True
 
 
-def publish_bytes(data: bytes, final: Path, *, replace: bool = False) -> bool:
+def publish_bytes(data: bytes, final: Location, *, replace: bool = False) -> bool:
     """Write `data` durably under `final`; False if the name exists and may not be replaced."""
+    if not isinstance(final, Path):
+        if replace:
+            final.replace_with(data)
+            return True
+        return final.create(data)
     written = temporary_path(final.parent, final.name)
     try:
         with written.open("xb") as stream:
@@ -122,7 +262,7 @@ def publish_bytes(data: bytes, final: Path, *, replace: bool = False) -> bool:
         written.unlink(missing_ok=True)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Location) -> str:
     """Hex sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -131,7 +271,7 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def adopt_file(final: Path, sha256: str) -> None:
+def adopt_file(final: Location, sha256: str) -> None:
     """Make sure of a file that a writer published and never committed; StorageError if it differs.
 
     For a name that holds the content's digest and no record names: the content is what this
@@ -139,4 +279,5 @@ def adopt_file(final: Path, sha256: str) -> None:
     """
     if sha256_file(final) != sha256:
         raise StorageError(f"{final} has other content than its name says; remove it")
-    sync_folder(final.parent)
+    if isinstance(final, Path):
+        sync_folder(final.parent)
