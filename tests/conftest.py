@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests are small
 
@@ -25,6 +26,7 @@ from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.storage import DatasetPaths
 
 _PREFIX = "SYNTHREP_GENERATOR_"
+RECIPE: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": 3, "scheduler": "ddim"}
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +68,12 @@ class GeneratorStack:
         priority: int = 5,
         seed: int | None = None,
         dataset: str = "birds",
+        **more: Any,
     ) -> BatchHeader:
-        """Make a batch durable as the API does, at a fixed time so that runs can be compared."""
+        """Make a batch durable as the API does, at a fixed time so that runs can be compared.
+
+        `more` are other fields of GenerationSettings.
+        """
         header = BatchHeader(
             id=batch,
             dataset=dataset,
@@ -76,10 +82,8 @@ class GeneratorStack:
             num_prompts=len(prompts),
             settings=GenerationSettings(
                 images_per_prompt=images,
-                guidance_scale=2.0,
-                num_inference_steps=3,
-                scheduler="ddim",
                 seed=seed,
+                **RECIPE | more,
             ),
             body_sha256="",
             created_at=datetime(2026, 1, 1, tzinfo=UTC),

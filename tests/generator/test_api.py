@@ -60,6 +60,27 @@ def test_accepted_batch_is_durable_with_the_defaults_of_its_model(client, root, 
     assert client.get(body["links"]["shards"]).status_code == 200
 
 
+def test_mixture_is_complete_when_it_is_durable(client, root):
+    mixture = [{"guidance_scale": 1.5, "weight": 3}, {"scheduler": "euler"}]
+    answer = submit(client, mixture=mixture, num_inference_steps=7)
+    assert answer.status_code == 202
+    header = IntakeReader(DatasetPaths(root, "pets"), answer.json()["id"]).header
+    tiny = GeneratorSettings().models["tiny"]
+    assert [component.model_dump() for component in header.settings.mixture] == [
+        {"model": "tiny", "guidance_scale": 1.5, "num_inference_steps": 7,
+         "scheduler": tiny.scheduler, "weight": 3.0},
+        {"model": "tiny", "guidance_scale": tiny.guidance_scale, "num_inference_steps": 7,
+         "scheduler": "euler", "weight": 1.0},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mixture", [[{"model": "absent"}, {}], [{"weight": 0}], [{"prompts": 1}], [{}] * 17, {}, "tiny"]
+)
+def test_mixture_that_cannot_be_made_is_refused(client, mixture):
+    assert submit(client, mixture=mixture).status_code == 422
+
+
 def test_ids_are_random_without_a_key_and_the_same_with_one(client):
     assert submit(client).json()["id"] != submit(client).json()["id"]
     key = {"idempotency-key": "k1"}

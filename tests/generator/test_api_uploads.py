@@ -48,6 +48,17 @@ def test_upload_is_one_batch_with_the_settings_of_its_query(client, root, backlo
     assert client.get(body["links"]["self"]).json()["prompts"]["queued"] == 2
 
 
+def test_upload_takes_a_mixture_as_json(client, root):
+    mixture = '[{"guidance_scale": 1, "weight": 2}, {"guidance_scale": 4.5}]'
+    answer = upload(client, b"a dog\na cat\na hen", mixture=mixture)
+    assert answer.status_code == 202
+    header = IntakeReader(DatasetPaths(root, "pets"), answer.json()["id"]).header
+    scales = [header.settings_of(index).guidance_scale for index in range(3)]
+    assert sorted(scales) == [1.0, 1.0, 4.5]
+    for wrong in ("tiny", '[{"weight": -1}]', '[{"model": "absent"}]'):
+        assert upload(client, b"a dog", mixture=wrong).status_code == 422
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_upload_does_not_depend_on_how_the_body_is_cut(client, root, seed):
     rng = random.Random(seed)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,14 +17,20 @@ from synthrep_generator.chunks import Chunk, Place
 from synthrep_generator.feeder import BatchFeed, DatasetFeed, cut_chunks
 from synthrep_generator.intake import BatchHeader, set_paused, write_batch
 from synthrep_shared.commit_log import CommitLog, GroupRef, Outcomes
-from synthrep_shared.messages import GenerationSettings
+from synthrep_shared.messages import GenerationSettings, MixtureComponent
 from synthrep_shared.storage import DatasetPaths
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 def header(
-    batch: str, prompts: int, *, priority: int = 5, age_s: int = 0, images: int = 2
+    batch: str,
+    prompts: int,
+    *,
+    priority: int = 5,
+    age_s: int = 0,
+    images: int = 2,
+    mixture: tuple[MixtureComponent, ...] = (),
 ) -> BatchHeader:
     return BatchHeader(
         id=batch,
@@ -29,7 +38,7 @@ def header(
         owner="",
         priority=priority,
         num_prompts=prompts,
-        settings=GenerationSettings(images_per_prompt=images),
+        settings=GenerationSettings(images_per_prompt=images, mixture=mixture),
         body_sha256="",
         created_at=NOON - timedelta(seconds=age_s),
     )
@@ -42,7 +51,7 @@ def paths(tmp_path: Path) -> DatasetPaths:
     return paths
 
 
-def accept(paths: DatasetPaths, batch: str, prompts: int, **kwargs: int) -> None:
+def accept(paths: DatasetPaths, batch: str, prompts: int, **kwargs: Any) -> None:
     write_batch(paths, header(batch, prompts, **kwargs), [f"p{i}" for i in range(prompts)])
 
 
@@ -86,6 +95,49 @@ def test_small_batches_of_equal_settings_share_a_chunk(paths: DatasetPaths) -> N
         accept(paths, batch, 1, age_s=10 - i, images=1 if batch == "c" else 2)
     cut = texts(cut_chunks([feed(paths)], frozenset(), room=9))
     assert cut == ["a0+1 b0+1 d0+1 e0+1", "c0+1", "f0+1"]
+
+
+MIXTURE = (
+    MixtureComponent(guidance_scale=1.0, weight=1),
+    MixtureComponent(guidance_scale=3.0, weight=3),
+)
+
+
+def test_a_chunk_of_a_mixture_is_made_in_one_way(paths: DatasetPaths) -> None:
+    accept(paths, "a", 200, mixture=MIXTURE)
+    made = header("a", 200, mixture=MIXTURE)
+    chunks = cut_chunks([feed(paths)], frozenset(), room=99)
+    scales = []
+    for chunk in chunks:
+        (scale,) = {made.settings_of(place.index).guidance_scale for place in chunk.places()}
+        scales.append(scale)
+    assert sorted(p.index for c in chunks for p in c.places()) == list(range(200))
+    # Fifty prompts in 12 full chunks and one of two, 150 in 37 and one; turns of eight chunks.
+    assert Counter(scales) == {1.0: 13, 3.0: 38}
+    assert [len(list(run)) for _, run in groupby(scales)] == [8, 24, 5, 14]
+    assert sum(chunk.num_prompts < 4 for chunk in chunks) == 2
+
+
+def test_a_mixture_is_cut_the_same_after_a_restart(paths: DatasetPaths) -> None:
+    accept(paths, "a", 50, mixture=MIXTURE)
+    at_once = cut_chunks([feed(paths)], frozenset(), room=99)
+    one_by_one = []
+    while chunks := cut_chunks([feed(paths)], frozenset(), room=1):
+        one_by_one += chunks
+        decide(paths, list(chunks[0].places()))
+    assert [chunk.id for chunk in one_by_one] == [chunk.id for chunk in at_once]
+
+
+def test_remainders_of_mixtures_share_chunks_with_batches_of_their_kind(
+    paths: DatasetPaths,
+) -> None:
+    accept(paths, "a", 4, mixture=MIXTURE, age_s=9)
+    accept(paths, "b", 4, mixture=MIXTURE[:1])
+    small, other, _ = cut_chunks([feed(paths)], frozenset(), room=9)
+    assert (small.num_prompts, other.num_prompts) == (1, 3)
+    accept(paths, "c", 3, mixture=MIXTURE[:1], age_s=5)
+    shared, *_ = cut_chunks([feed(paths)], frozenset(), room=9)
+    assert [part.batch for part in shared.parts] == ["a", "c"]
 
 
 def test_priority_goes_before_age(paths: DatasetPaths) -> None:

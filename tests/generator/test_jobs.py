@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +31,16 @@ from synthrep_generator.jobs import (
     make_request,
 )
 from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Pixels, Recipe, paint
+from synthrep_generator.verify import verify_dataset
 from synthrep_shared.commit_log import CommitRecord
 from synthrep_shared.errors import StorageError
+from synthrep_shared.messages import MixtureComponent
 from synthrep_shared.samples import caption_id, image_seed, parse_member_name
 from synthrep_shared.storage import sha256_file
 
 PROMPTS = ["a robin", "a wren", "a robin", "a crow", "a gull"]
 STORE_PX = 16
+RECIPE: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": 3, "scheduler": "ddim"}
 
 
 class Watch:
@@ -281,6 +285,33 @@ def test_batches_of_different_settings_are_not_mixed(stack: Any, bench: Bench) -
     mixed = chunk_from_places("birds", [Place("b0", 0), Place("b1", 0)])
     with pytest.raises(IntakeError):
         run(stack, bench, mixed)
+
+
+MIXTURE = (
+    MixtureComponent(model="tiny", weight=2, **RECIPE | {"guidance_scale": 1.5}),
+    MixtureComponent(model="other", weight=1, **RECIPE),
+)
+
+
+def test_a_mixture_s_prompts_are_made_as_their_components_say(stack: Any, bench: Bench) -> None:
+    header = stack.accept(PROMPTS, mixture=MIXTURE)
+    for component, wanted in enumerate([("tiny", 1.5), ("other", 2.0)]):
+        places = [Place("b0", i) for i in header.deal.indices(component, 0, 9)]
+        assert run(stack, bench, chunk_from_places("birds", places)).committed == len(places)
+        record = stack.records()[-1]
+        check_shard(stack, record, header, PROMPTS)
+        for _, _, metadata, _ in read_shard(stack, record):
+            assert (metadata["model"], metadata["guidance_scale"]) == wanted
+    assert sorted(stack.decided()) == [("b0", i) for i in range(5)]
+    report = verify_dataset(stack.paths, now_s=time.time(), min_age_s=600)
+    assert report.is_clean
+    assert report.committed == 5
+
+
+def test_components_are_not_mixed_in_a_job(stack: Any, bench: Bench) -> None:
+    stack.accept(PROMPTS, mixture=MIXTURE)
+    with pytest.raises(IntakeError, match="different settings"):
+        run(stack, bench, chunk())
 
 
 def test_a_chunk_may_hold_prompts_of_several_batches(stack: Any, bench: Bench) -> None:

@@ -100,6 +100,14 @@ def swap_captions(pets: Any) -> None:
     rewrite_shard(pets, data, data.replace(b"a dog", b"a fig"))
 
 
+def change_the_guidance(pets: Any) -> None:
+    rewrite_shard(pets, b'"guidance_scale": 2.0', b'"guidance_scale": 3.0')
+
+
+def use_a_later_seed(pets: Any) -> None:
+    rewrite_shard(pets, b'"attempt": 0', b'"attempt": 1')
+
+
 def swap_members(pets: Any) -> None:
     data = shard(pets).read_bytes()
     name = next(read_log(pets.paths.log)).groups[0].gid.encode()
@@ -142,6 +150,8 @@ def tear_a_shard(pets: Any) -> None:
         (flip_a_bit, "corrupt"),
         (cut_the_shard, "corrupt"),
         (swap_captions, "wrong"),
+        (change_the_guidance, "wrong"),
+        (use_a_later_seed, "wrong"),
         (swap_members, "wrong"),
         (drop_a_sample, "wrong"),
         (claim_other_images, "log"),

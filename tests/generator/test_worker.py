@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,15 @@ from synthrep_generator.chunks import Place, chunk_from_places
 from synthrep_generator.intake import IntakeReader, list_batches
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.synthesis import ImageTask, paint
+from synthrep_generator.verify import verify_dataset
 from synthrep_shared.failpoints import EXIT_STATUS, NAMES
+from synthrep_shared.messages import MixtureComponent
 from synthrep_shared.samples import image_seed
 from synthrep_shared.storage import sha256_file
 
 pytestmark = pytest.mark.redis
 Make = Callable[..., Any]
+RECIPE: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": 3, "scheduler": "ddim"}
 OF_THE_API = {"batch-written", "batch-published"}
 
 
@@ -103,6 +107,23 @@ def test_killed_workers_lose_nothing_and_do_nothing_twice(make: Make) -> None:
     stack.start("worker")
     stack.wait_for(lambda: len(stack.decided()) == 30)
     verify(stack)
+
+
+def test_a_mixture_is_whole_after_its_worker_was_killed(make: Make) -> None:
+    stack = make(fake_delay_s=0.02)
+    parts = tuple(MixtureComponent(model="tiny", weight=w, **RECIPE) for w in (1, 2))
+    parts = (parts[0].model_copy(update={"guidance_scale": 7.0}), parts[1])
+    header = stack.accept(prompts(30), mixture=parts)
+    stack.start("reconciler")
+    worker = stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) >= 6)
+    worker.kill()
+    worker.wait()
+    stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 30)
+    verify(stack)
+    assert verify_dataset(stack.paths, now_s=time.time(), min_age_s=0).is_sound
+    assert [header.deal.count(c) for c in range(2)] == [10, 20]
 
 
 def test_a_killed_device_process_fails_no_prompt(make: Make) -> None:

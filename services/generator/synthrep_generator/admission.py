@@ -41,7 +41,8 @@ class Order:
     @property
     def digest(self) -> str:
         """Equal for equal requests, whatever the service's defaults are by now."""
-        asked = [self.settings.model_dump(mode="json"), self.priority, self.prompts_digest]
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        asked = [settings, self.priority, self.prompts_digest]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,7 +60,7 @@ def digest_prompts(prompts: Iterable[str]) -> str:
 
 
 def fill_defaults(asked: GenerationSettings, model: ModelConfig) -> GenerationSettings:
-    """The settings with what the client left open taken from the model."""
+    """The settings, of no mixture, with what the client left open taken from the model."""
     filled = {
         name: getattr(model, name) if getattr(asked, name) is None else getattr(asked, name)
         for name in ("guidance_scale", "num_inference_steps", "scheduler")
@@ -85,6 +86,17 @@ class Admission:
             raise UnknownModelError(f"the model is not configured here; known: {known}")
         return model
 
+    def complete(self, asked: GenerationSettings) -> GenerationSettings:
+        """The settings with every default of the model, or of a mixture's models, filled in.
+
+        Raises UnknownModelError.
+        """
+        variants = [fill_defaults(v, self.check_model(v.model)) for v in asked.variants()]
+        if not asked.mixture:
+            return variants[0]
+        parts = zip(asked.mixture, variants, strict=True)
+        return asked.model_copy(update={"mixture": tuple(c.completed(v) for c, v in parts)})
+
     def check_room(self, num_prompts: int) -> None:
         """Raises HighWaterError or DiskReserveError if so many prompts have no room now."""
         with self._room_for(num_prompts):
@@ -96,7 +108,7 @@ class Admission:
         Raises UnknownModelError, IdempotencyConflictError, HighWaterError, DiskReserveError; in
         each case nothing of the batch is visible.
         """
-        model = self.check_model(order.settings.model)
+        settings = self.complete(order.settings)
         key = order.idempotency_key
         batch_id = secrets.token_hex(16)
         if key is not None:
@@ -110,7 +122,7 @@ class Admission:
             owner=order.owner,
             priority=order.priority,
             num_prompts=order.num_prompts,
-            settings=fill_defaults(order.settings, model),
+            settings=settings,
             body_sha256=order.digest,
             created_at=datetime.now(UTC),
         )

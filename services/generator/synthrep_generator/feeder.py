@@ -2,14 +2,18 @@
 
 A batch is cut into blocks of equal size from its start, whatever was done of it and when; a block
 with fewer free prompts than that shares a chunk with others of equal settings. So a batch alone
-gives the same chunks on every stack, and many small batches still fill the device.
+gives the same chunks on every stack, and many small batches still fill the device. A block of a
+mixture holds prompts of one component; components take turns of several blocks, in step with their
+shares, so that models change seldom and groups of all of them come all along.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 from synthrep_generator.chunks import Chunk, Place, chunk_from_places
 from synthrep_generator.errors import IntakeError
@@ -20,16 +24,27 @@ from synthrep_shared.storage import DatasetPaths
 logger = logging.getLogger(__name__)
 
 
+_TURN_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Prompts of one batch that may share a chunk with others of the same kind."""
+
+    kind: tuple[str, str]
+    """Data set and settings."""
+    places: list[Place]
+
+
 class BatchFeed:
     """The unfinished blocks of one batch; blocks found decided are not looked at again."""
 
     def __init__(self, header: BatchHeader, *, job_images: int) -> None:
         self.header = header
         self.block_prompts = max(1, job_images // header.settings.images_per_prompt)
-        self.kind = (header.dataset, header.settings.model_dump_json())
+        self._kinds = [(header.dataset, v.model_dump_json()) for v in header.variants]
         self._unfinished: list[int] = []
         self._next_block = 0
-        self._num_blocks = -(-header.num_prompts // self.block_prompts)
 
     @property
     def urgency(self) -> tuple[int, datetime, str]:
@@ -40,29 +55,44 @@ class BatchFeed:
         """Whether every prompt is decided, as far as the last `free_blocks` saw."""
         if self.header.id in outcomes.cancelled:
             return True
-        return self._next_block == self._num_blocks and not self._unfinished
+        return self._next_block == len(self._blocks) and not self._unfinished
 
-    def free_blocks(self, outcomes: Outcomes, in_flight: Set[Place]) -> Iterator[list[Place]]:
+    def free_blocks(self, outcomes: Outcomes, in_flight: Set[Place]) -> Iterator[Cut]:
         """The prompts, block by block, that are neither decided nor in flight."""
         for block in list(self._unfinished):
             undecided = self._undecided(block, outcomes)
             if not undecided:
                 self._unfinished.remove(block)
             elif free := [place for place in undecided if place not in in_flight]:
-                yield free
-        while self._next_block < self._num_blocks:
-            undecided = self._undecided(self._next_block, outcomes)
+                yield Cut(self._kinds[self._blocks[block][0]], free)
+        while self._next_block < len(self._blocks):
+            block = self._next_block
+            undecided = self._undecided(block, outcomes)
             if undecided:
-                self._unfinished.append(self._next_block)
+                self._unfinished.append(block)
             self._next_block += 1
             if free := [place for place in undecided if place not in in_flight]:
-                yield free
+                yield Cut(self._kinds[self._blocks[block][0]], free)
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, int]]:
+        """(component, block of it), in the order in which they are fed."""
+        deal, size = self.header.deal, self.block_prompts
+        counts = [-(-deal.count(c) // size) for c in range(len(self._kinds))]
+        blocks = [(c, block) for c, count in enumerate(counts) for block in range(count)]
+
+        def due(place: tuple[int, int]) -> float:
+            component, block = place
+            return block // _TURN_BLOCKS * _TURN_BLOCKS / counts[component]
+
+        return sorted(blocks, key=due) if len(counts) > 1 else blocks
 
     def _undecided(self, block: int, outcomes: Outcomes) -> list[Place]:
-        start = block * self.block_prompts
-        stop = min(start + self.block_prompts, self.header.num_prompts)
+        component, number = self._blocks[block]
+        start = number * self.block_prompts
+        indices = self.header.deal.indices(component, start, start + self.block_prompts)
         batch = self.header.id
-        return [Place(batch, i) for i in range(start, stop) if not outcomes.is_decided(batch, i)]
+        return [Place(batch, i) for i in indices if not outcomes.is_decided(batch, i)]
 
 
 class DatasetFeed:
@@ -121,16 +151,16 @@ def cut_chunks(feeds: Sequence[DatasetFeed], in_flight: Set[Place], *, room: int
     for batch, feed in sorted(batches, key=lambda pair: pair[0].urgency):
         if is_paused(feed.paths, batch.header.id):
             continue
-        for free in batch.free_blocks(feed.outcomes, in_flight):
-            cut = shared.get(batch.kind)
-            if cut is not None and len(cut) + len(free) <= batch.block_prompts:
-                cut += free
+        for cut in batch.free_blocks(feed.outcomes, in_flight):
+            partial = shared.get(cut.kind)
+            if partial is not None and len(partial) + len(cut.places) <= batch.block_prompts:
+                partial += cut.places
                 continue
             if len(cuts) == room:
                 return _chunks(cuts)
-            cuts.append((batch.header.dataset, free))
-            if len(free) < batch.block_prompts:
-                shared[batch.kind] = free
+            cuts.append((batch.header.dataset, cut.places))
+            if len(cut.places) < batch.block_prompts:
+                shared[cut.kind] = cut.places
     return _chunks(cuts)
 
 

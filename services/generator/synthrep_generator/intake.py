@@ -11,15 +11,24 @@ import json
 import os
 from collections.abc import Iterable
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from synthrep_generator.errors import IntakeError
+from synthrep_generator.mixture import Deal
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.samples import group_id
-from synthrep_shared.storage import DatasetPaths, publish_bytes, publish_file, temporary_path
+from synthrep_shared.storage import (
+    DatasetPaths,
+    Location,
+    list_names,
+    publish_bytes,
+    publish_file,
+    temporary_path,
+)
 
 _MARK_EVERY = 256  # lines between remembered byte offsets
 
@@ -33,7 +42,7 @@ class BatchHeader(BaseModel):
     dataset: str
     owner: str
     priority: int
-    num_prompts: int
+    num_prompts: int = Field(ge=1)
     settings: GenerationSettings
     body_sha256: str
     created_at: datetime
@@ -42,6 +51,20 @@ class BatchHeader(BaseModel):
         """Group id of prompt `index`; settings that a later version adds leave it as it is."""
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
         return group_id(self.dataset, self.id, index, prompt, settings)
+
+    @cached_property
+    def variants(self) -> tuple[GenerationSettings, ...]:
+        """What prompts are made with: one each for the components of the mixture, else one."""
+        return self.settings.variants()
+
+    @cached_property
+    def deal(self) -> Deal:
+        """Which variant makes which prompt."""
+        return Deal(self.num_prompts, [c.weight for c in self.settings.mixture] or [1.0])
+
+    def settings_of(self, index: int) -> GenerationSettings:
+        """What prompt `index` is made with."""
+        return self.variants[self.deal.component(index)]
 
 
 def batch_id_from_key(owner: str, dataset: str, key: str) -> str:
@@ -52,7 +75,7 @@ def batch_id_from_key(owner: str, dataset: str, key: str) -> str:
 
 def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]) -> bool:
     """Make the batch durable; False if its id is taken (the first writer won)."""
-    written = temporary_path(paths.intake, header.id)
+    written = temporary_path(paths.temporary, header.id)
     try:
         with written.open("x", encoding="utf-8") as stream:
             stream.write(header.model_dump_json() + "\n")
@@ -70,10 +93,7 @@ def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]
 
 def list_batches(paths: DatasetPaths) -> list[str]:
     """Ids of the accepted batches, in no order."""
-    if not paths.intake.is_dir():
-        return []
-    return [entry.name[: -len(".jsonl")] for entry in os.scandir(paths.intake)
-            if entry.name.endswith(".jsonl") and not entry.name.startswith(".")]  # fmt: skip
+    return _stems(paths.intake, ".jsonl")
 
 
 class IntakeReader:
@@ -121,5 +141,18 @@ def is_paused(paths: DatasetPaths, batch: str) -> bool:
     return (paths.control / f"{batch}.paused").exists()
 
 
-def _path(paths: DatasetPaths, batch: str) -> Path:
+def list_paused(paths: DatasetPaths) -> frozenset[str]:
+    """Ids of the paused batches."""
+    return frozenset(_stems(paths.control, ".paused"))
+
+
+def _stems(folder: Location, suffix: str) -> list[str]:
+    return [
+        name[: -len(suffix)]
+        for name in list_names(folder)
+        if name.endswith(suffix) and not name.startswith(".")
+    ]
+
+
+def _path(paths: DatasetPaths, batch: str) -> Location:
     return paths.intake / f"{batch}.jsonl"

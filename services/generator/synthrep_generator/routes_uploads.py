@@ -12,7 +12,7 @@ from typing import IO, Annotated, Any
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, BackgroundTasks, HTTPException, Query, Request, Response
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, Json
 
 from synthrep_generator.admission import Order
 from synthrep_generator.context import Context, ContextDep
@@ -21,7 +21,13 @@ from synthrep_generator.problems import problem_answers
 from synthrep_generator.routes_batches import IdempotencyKey, accepted_fields, generation_settings
 from synthrep_generator.uploads import FORMATS, read_spool, spool_prompts
 from synthrep_shared.asgi import principal_of
-from synthrep_shared.messages import DatasetName, GenerationSettings, UploadAccepted
+from synthrep_shared.messages import (
+    DatasetName,
+    GenerationSettings,
+    MixtureComponent,
+    QualityGate,
+    UploadAccepted,
+)
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 _MAX_UPLOADS = 4
@@ -40,6 +46,11 @@ class UploadQuery(GenerationSettings):
     """The fields of `POST /v1/batches` but for the prompts, as query parameters."""
 
     model_config = ConfigDict(strict=False)
+
+    quality_gate: Json[QualityGate] | None = None
+    """The object in JSON."""
+    mixture: Json[tuple[MixtureComponent, ...]] = Field(default_factory=tuple, max_length=16)
+    """The list in JSON."""
 
     dataset: DatasetName
     """Data set that the groups are committed to; made if absent."""
@@ -112,7 +123,7 @@ def _content(request: Request) -> tuple[str, bool]:
 
 def _check_early(context: Context, query: UploadQuery) -> None:
     """Refuse before the body comes what would be refused after it."""
-    context.admission.check_model(query.model)
+    context.admission.complete(generation_settings(query))
     context.admission.check_room(1)
 
 

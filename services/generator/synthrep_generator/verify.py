@@ -35,6 +35,7 @@ from synthrep_shared.storage import DatasetPaths, sha256_file
 
 _FAILURES = TypeAdapter(list[Failure])
 _BLOCK_PROMPTS = 4096
+_ASKED = ("model", "guidance_scale", "num_inference_steps", "scheduler", "negative_prompt")
 
 Member = tuple[str, bytes]  # name, content
 
@@ -267,7 +268,7 @@ def _sample_fault(
     group: _Group, k: int, image: Member, description: Member, judge: Judge | None
 ) -> str | None:
     """What is wrong with image `k` of a group, if anything."""
-    ref, settings = group.ref, group.header.settings
+    ref, settings = group.ref, group.header.settings_of(group.ref.index)
     try:
         named = parse_member_name(image[0])
         metadata = SampleMetadata.model_validate_json(description[1])
@@ -277,8 +278,15 @@ def _sample_fault(
         return f"{image[0]} is in its place"
     if description[0] != member_name(ref.gid, k, "json"):
         return f"{description[0]} stands beside it"
-    seed = image_seed(ref.gid, k, request_seed=settings.seed, index=ref.index)
+    attempts = settings.quality_gate.max_attempts if settings.quality_gate else 1
+    if metadata.attempt >= attempts:
+        return f"attempt {metadata.attempt} of at most {attempts}"
+    seed = image_seed(
+        ref.gid, k, request_seed=settings.seed, index=ref.index, attempt=metadata.attempt
+    )
     found = (metadata.caption, metadata.gid, metadata.image_index, metadata.seed)
     if found != (group.prompt, ref.gid, k, seed) or metadata.caption_id != ref.caption_id:
         return "the description is of another image"
+    if any(getattr(metadata, name) != getattr(settings, name) for name in _ASKED):
+        return "it was not made as was asked for"
     return judge(metadata, image[1]) if judge else None

@@ -20,7 +20,7 @@ from synthrep_shared.messages.fields import (
 )
 from synthrep_shared.samples import SampleMetadata
 
-Scheduler = Literal["ddim", "dpm++", "euler"]
+Scheduler = Literal["ddim", "dpm++", "euler", "euler-a", "lcm", "flow-match"]
 
 
 class QualityGate(Request):
@@ -51,6 +51,11 @@ class MixtureComponent(Request):
     """Diffusion sampler."""
     weight: float = Field(default=1.0, gt=0, le=1e6)
     """Share of the prompts, relative to the other components."""
+
+    def completed(self, variant: GenerationSettings) -> MixtureComponent:
+        """This component with nothing left open: `variant` is made of it."""
+        own = {name: getattr(variant, name) for name in type(self).model_fields if name != "weight"}
+        return self.model_copy(update=own)
 
 
 class GenerationSettings(Request):
