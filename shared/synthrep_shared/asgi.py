@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from http import HTTPStatus
 from typing import Any
 
-from synthrep_shared.keys import ApiKey, KeyRing, Principal
+from synthrep_shared.keys import ApiKey, KeyRing, KeyScope, Principal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,6 +27,7 @@ _SECURITY_HEADERS = (
 _MAX_FIELD_ERRORS = 5
 _MAX_LENGTH_DIGITS = 19
 _PRINCIPAL = "principal"
+_SCHEME = "key"
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
@@ -137,6 +138,30 @@ def principal_of(scope: Scope) -> Principal:
     principal = scope["state"][_PRINCIPAL]
     assert isinstance(principal, Principal)
     return principal
+
+
+def needs(scope: KeyScope) -> dict[str, Any]:
+    """What a route adds to its OpenAPI operation to let in keys of this scope."""
+    return {"security": [{_SCHEME: [scope]}]}
+
+
+NEEDS_NO_KEY: dict[str, Any] = {"security": []}
+
+
+def may_enter(principal: Principal, operation: Mapping[str, Any] | None) -> bool:
+    """Whether the route with these additions `needs` a scope that the caller has; default: no."""
+    wanted = [s for option in (operation or {}).get("security", ()) for s in option[_SCHEME]]
+    return bool(wanted) and all(principal.has(scope) for scope in wanted)
+
+
+def describe_keys(document: dict[str, Any], *, has_keys: bool) -> None:
+    """Complete an OpenAPI document whose routes say what they need."""
+    if has_keys:
+        document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer"}}
+        return
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation.pop("security", None)
 
 
 class BodyTooLargeError(BaseException):

@@ -39,6 +39,11 @@ class Principal:
         """Whether the caller may do everything, with everyone's work."""
         return "admin" in self.scopes
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether the caller may see figures over everyone's work."""
+        return self.is_admin or "*" in (self.datasets or ())
+
     def has(self, scope: KeyScope) -> bool:
         """Whether the caller may use routes of this scope."""
         return self.is_admin or scope in self.scopes

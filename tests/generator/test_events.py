@@ -19,7 +19,7 @@ def context(settings, backlog):
     """What the routes share, with a backlog that is asked every time."""
     catalog = Catalog(settings.root)
     live = LiveWork(backlog, refresh_s=0)
-    return Context(settings, catalog, live, Admission(settings, catalog))
+    return Context(settings, catalog, live, Admission(settings, catalog, live))
 
 
 def told(feed):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
-import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from synthrep_generator.backlog import LiveWork
 from synthrep_generator.catalog import Catalog
 from synthrep_generator.errors import (
+    DatasetDeniedError,
     DiskReserveError,
     HighWaterError,
     IdempotencyConflictError,
@@ -21,9 +24,13 @@ from synthrep_generator.errors import (
     UnknownModelError,
 )
 from synthrep_generator.intake import BatchHeader, IntakeReader, batch_id_from_key, write_batch
+from synthrep_generator.quotas import check_quotas
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
+from synthrep_shared.keys import Principal
 from synthrep_shared.messages import GenerationSettings
-from synthrep_shared.storage import DatasetPaths
+from synthrep_shared.storage import DatasetPaths, free_bytes
+
+_LONGEST_WAIT_S = 3600
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Order:
     priority: int
     num_prompts: int
     prompts_digest: str
-    owner: str
+    caller: Principal
     idempotency_key: str | None
 
     @property
@@ -70,13 +77,19 @@ def fill_defaults(asked: GenerationSettings, model: ModelConfig) -> GenerationSe
 
 
 class Admission:
-    """Takes batches in, within the high-water mark and the disk reserve."""
+    """Takes batches in, within quotas, the high-water mark and the disk reserve.
 
-    def __init__(self, settings: GeneratorSettings, catalog: Catalog) -> None:
+    Past the mark nothing is taken until the work in hand has come down to the low water, so that
+    clients meet a door that is open or shut and not one that flutters.
+    """
+
+    def __init__(self, settings: GeneratorSettings, catalog: Catalog, live: LiveWork) -> None:
         self._settings = settings
         self._catalog = catalog
+        self._live = live
         self._lock = threading.Lock()
-        self._reserved = 0
+        self._reserved: Counter[str] = Counter()
+        self._is_shut = False
 
     def check_model(self, alias: str) -> ModelConfig:
         """The model of this alias; raises UnknownModelError."""
@@ -97,36 +110,38 @@ class Admission:
         parts = zip(asked.mixture, variants, strict=True)
         return asked.model_copy(update={"mixture": tuple(c.completed(v) for c, v in parts)})
 
-    def check_room(self, num_prompts: int) -> None:
-        """Raises HighWaterError or DiskReserveError if so many prompts have no room now."""
-        with self._room_for(num_prompts):
+    def check_room(self, caller: Principal, dataset: str) -> None:
+        """Raises what `accept` would raise for one prompt of the caller's now."""
+        self._check_reach(caller, dataset)
+        with self._room_for(caller, 1):
             pass
 
     def accept(self, order: Order, prompts: Iterable[str]) -> BatchHeader:
         """Make the batch durable and return its header, or that of the same request's first time.
 
-        Raises UnknownModelError, IdempotencyConflictError, HighWaterError, DiskReserveError; in
-        each case nothing of the batch is visible.
+        Raises UnknownModelError, IdempotencyConflictError, DatasetDeniedError, HighWaterError,
+        DiskReserveError; in each case nothing of the batch is visible.
         """
         settings = self.complete(order.settings)
         key = order.idempotency_key
         batch_id = secrets.token_hex(16)
         if key is not None:
-            batch_id = batch_id_from_key(order.owner, order.dataset, key)
+            batch_id = batch_id_from_key(order.caller.owner, order.dataset, key)
             earlier = self._earlier(order, batch_id)
             if earlier is not None:
                 return earlier
         header = BatchHeader(
             id=batch_id,
             dataset=order.dataset,
-            owner=order.owner,
+            owner=order.caller.owner,
             priority=order.priority,
             num_prompts=order.num_prompts,
             settings=settings,
             body_sha256=order.digest,
             created_at=datetime.now(UTC),
         )
-        with self._room_for(order.num_prompts):
+        self._check_reach(order.caller, order.dataset)
+        with self._room_for(order.caller, order.num_prompts):
             index = self._catalog.make(order.dataset)
             if write_batch(index.paths, header, prompts):
                 index.register(header)
@@ -145,22 +160,61 @@ class Admission:
             raise IdempotencyConflictError("the Idempotency-Key was used with another body")
         return header
 
+    def _check_reach(self, caller: Principal, dataset: str) -> None:
+        is_within_reach = caller.is_admin or caller.lists(dataset)
+        if not is_within_reach and caller.datasets is None:
+            index = self._catalog.dataset(dataset)
+            is_within_reach = index is None or index.owner in (None, caller.owner)
+        if not is_within_reach:
+            raise DatasetDeniedError("the key may not write to this data set; choose another name")
+
     @contextmanager
-    def _room_for(self, num_prompts: int) -> Iterator[None]:
-        """Holds room for the prompts, so that concurrent requests cannot pass the mark together."""
+    def _room_for(self, caller: Principal, num_prompts: int) -> Iterator[None]:
+        """Holds room for the prompts, so that concurrent requests cannot pass a mark together."""
         with self._lock:
-            waiting = self._catalog.unfinished().prompts + self._reserved
-            limit = self._settings.high_water_prompts
-            if waiting + num_prompts > limit:
-                raise HighWaterError(
-                    f"{waiting} prompts are accepted and unfinished, {num_prompts} more would pass "
-                    f"the mark of {limit}; send them later"
-                )
-            if shutil.disk_usage(self._catalog.root).free < self._settings.reserve_bytes:
+            try:
+                self._check_quotas(caller, num_prompts)
+                self._check_mark(num_prompts)
+            except HighWaterError as error:
+                if error.retry_after_s is None and error.excess is not None:
+                    error.retry_after_s = self._seconds_for(error.excess)
+                raise
+            if free_bytes(self._catalog.root) < self._settings.reserve_bytes:
                 raise DiskReserveError("the disk has less than its reserve left; send this later")
-            self._reserved += num_prompts
+            self._reserved[caller.owner] += num_prompts
         try:
             yield
         finally:
             with self._lock:
-                self._reserved -= num_prompts
+                self._reserved[caller.owner] -= num_prompts
+
+    def _check_quotas(self, caller: Principal, num_prompts: int) -> None:
+        batches = (batch for index in self._catalog.datasets() for batch in index.batches())
+        check_quotas(
+            caller,
+            batches,
+            coming=self._reserved[caller.owner],
+            num_prompts=num_prompts,
+            now=datetime.now(UTC),
+        )
+
+    def _check_mark(self, num_prompts: int) -> None:
+        waiting = self._catalog.unfinished().prompts + self._reserved.total()
+        high = self._settings.high_water_prompts
+        low = int(high * self._settings.low_water_fraction)
+        self._is_shut = (self._is_shut and waiting > low) or waiting + num_prompts > high
+        if self._is_shut:
+            raise HighWaterError(
+                f"{waiting} prompts are accepted and unfinished, the mark is {high}; send "
+                f"{num_prompts} more once {low} are left",
+                excess=max(waiting - low, waiting + num_prompts - high),
+            )
+
+    def _seconds_for(self, num_prompts: int) -> int | None:
+        """What the live workers take for so many prompts; None while their speed is unknown."""
+        left = self._catalog.unfinished()
+        images_per_s = sum(worker.images_per_s or 0.0 for worker in self._live.workers())
+        if not images_per_s or not left.prompts:
+            return None
+        seconds = num_prompts * left.images / left.prompts / images_per_s
+        return min(max(1, math.ceil(seconds)), _LONGEST_WAIT_S)

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
@@ -32,14 +32,15 @@ from synthrep_generator import (
 from synthrep_generator.admission import Admission
 from synthrep_generator.backlog import Backlog, LiveWork
 from synthrep_generator.catalog import Catalog
-from synthrep_generator.context import Context
+from synthrep_generator.context import Context, authorise
 from synthrep_generator.problems import install_problem_handlers
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.uploads import MAX_BYTES
-from synthrep_shared.asgi import App, Guard
+from synthrep_shared.asgi import App, Guard, describe_keys
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import BatchRequest, Problem
+from synthrep_shared.storage import prepare_root
 
 logger = logging.getLogger(__name__)
 _VERSION = "0.1.0"
@@ -56,15 +57,12 @@ _ROUTERS = (
 
 
 def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> App:
-    """The service as an ASGI app; makes the root folder. `backlog` is Redis unless given."""
-    settings.root.mkdir(parents=True, exist_ok=True)
-    catalog = Catalog(settings.root)
-    context = Context(
-        settings=settings,
-        catalog=catalog,
-        live=LiveWork(WorkQueue(settings) if backlog is None else backlog),
-        admission=Admission(settings, catalog),
-    )
+    """The service as an ASGI app; makes or probes the root. `backlog` is Redis unless given."""
+    prepare_root(settings.root)
+    catalog = Catalog(settings.root, copy_bytes=settings.copy_bytes)
+    live = LiveWork(WorkQueue(settings) if backlog is None else backlog)
+    admission = Admission(settings, catalog, live)
+    context = Context(settings=settings, catalog=catalog, live=live, admission=admission)
     app = FastAPI(
         title="SynthRep generator",
         version=_VERSION,
@@ -72,6 +70,7 @@ def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> A
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(authorise)],
         lifespan=_lifespan,
     )
     registry = metrics.make_registry(context)
@@ -115,9 +114,7 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
     stream["text/event-stream"] = {"schema": {"type": "string"}}
     components = schema.setdefault("components", {})
     components.setdefault("schemas", {}).update(extra["$defs"])
-    if has_keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{"key": []}]
+    describe_keys(schema, has_keys=has_keys)
     return schema
 
 

@@ -6,7 +6,9 @@ SynthRepError
 ├── ModelConfigError       what is configured does not fit the model
 ├── IdempotencyConflictError  the key was used with another body
 ├── IntakeError            an intake file is malformed
+├── DatasetDeniedError     the key may not write to the data set
 ├── HighWaterError         too many prompts are accepted and unfinished
+│   └── QuotaError             of one owner's, or too many in a day
 ├── DiskReserveError       too little disk space is free
 ├── UploadError            an upload is not what its content type says
 │   └── UploadTooLargeError    it unpacks to more lines or bytes than are allowed
@@ -50,8 +52,25 @@ class QueueServerError(SynthRepError):
     """Redis is set up so that it would lose work."""
 
 
+class DatasetDeniedError(SynthRepError):
+    """The key may not write to the data set."""
+
+
 class HighWaterError(SynthRepError):
-    """Too many prompts are accepted and unfinished."""
+    """Too many prompts are accepted and unfinished.
+
+    There may be room in `retry_after_s`, or once `excess` prompts have an outcome.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after_s: int | None = None, excess: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.excess = retry_after_s, excess
+
+
+class QuotaError(HighWaterError):
+    """Too many prompts of one owner are accepted and unfinished, or were accepted in a day."""
 
 
 class DiskReserveError(SynthRepError):

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 
 from synthrep_generator.context import Context, ContextDep
 from synthrep_generator.errors import HighWaterError
-from synthrep_generator.problems import problem_answers
 from synthrep_generator.progress import DatasetIndex
 from synthrep_generator.tally import Batch
+from synthrep_shared.asgi import needs, problem_answers
 from synthrep_shared.messages import ShardEvent, WorkerView
 
 router = APIRouter(prefix="/v1", tags=["service"])
@@ -101,6 +101,7 @@ def make_listener_limiter() -> anyio.CapacityLimiter:
     response_class=EventSourceResponse,
     summary="Changes of batches, shards and workers as they happen",
     responses=problem_answers(429),
+    openapi_extra=needs("read"),
     dependencies=[Depends(_listener)],
 )
 async def events(context: ContextDep) -> AsyncIterator[ServerSentEvent]:

@@ -6,7 +6,7 @@ import time
 from collections import Counter as Tallies
 from collections.abc import Iterator
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -20,10 +20,18 @@ from prometheus_client.registry import Collector
 from synthrep_generator.backlog import Snapshot
 from synthrep_generator.context import Context
 from synthrep_generator.errors import BacklogUnknownError
-from synthrep_generator.problems import problem_answers
 from synthrep_generator.progress import DatasetIndex
 from synthrep_generator.routes_service import workers_wanted
-from synthrep_shared.asgi import App, Message, Receive, Scope, Send
+from synthrep_shared.asgi import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    needs,
+    principal_of,
+    problem_answers,
+)
 
 router = APIRouter(tags=["service"])
 _PREFIX = "synthrep_generator_"
@@ -158,7 +166,10 @@ def make_registry(context: Context) -> CollectorRegistry:
             "content": {"text/plain": {"schema": {"type": "string"}}},
         },
     },
+    openapi_extra=needs("read"),
 )
 def metrics(request: Request) -> Response:
     """Series start with `synthrep_generator_`."""
+    if not principal_of(request.scope).sees_all:
+        raise HTTPException(403, "figures over everyone's work need a key of all data sets")
     return Response(generate_latest(request.app.state.registry), media_type=_MEDIA_TYPE)

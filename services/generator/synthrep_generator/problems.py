@@ -1,4 +1,4 @@
-"""Every error as problem details, and how the API's description says so.
+"""Every error of the API as problem details.
 
 The one place that knows which exception is which HTTP status. A detail never repeats what the
 client sent.
@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from synthrep_generator.errors import (
     BacklogUnknownError,
+    DatasetDeniedError,
     DiskReserveError,
     HighWaterError,
     IdempotencyConflictError,
@@ -36,37 +37,12 @@ _STATUS: dict[type[Exception], tuple[int, int | None]] = {
     UploadError: (422, None),
     UploadTooLargeError: (413, None),
     IdempotencyConflictError: (409, None),
+    DatasetDeniedError: (403, None),
     HighWaterError: (429, RETRY_AFTER_S),
     DiskReserveError: (507, RETRY_AFTER_S),
     BacklogUnknownError: (503, _SOON_S),
 }
-_REASONS = {
-    401: "No accepted bearer key was sent",
-    404: "There is no such thing",
-    405: "The path does not take this method",
-    408: "The body stopped coming",
-    409: "It conflicts with what is there",
-    413: "The body is too large",
-    415: "The body is of another type than is taken",
-    416: "The range is malformed or outside the file",
-    422: "The request does not fit the schema",
-    429: "Too much work is waiting; see Retry-After",
-    503: "Redis or the disk does not answer; see Retry-After",
-    507: "The disk is nearly full; see Retry-After",
-}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these problems, besides 401 and 422."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        status: {
-            "description": _REASONS[status],
-            "content": {ProblemResponse.media_type: {"schema": schema}},
-        }
-        for status in sorted({401, 422, *statuses})
-    }
 
 
 def not_found(what: str) -> HTTPException:
@@ -115,6 +91,7 @@ async def _gone_problem(_: Request, __: Exception) -> Any:
 
 async def _known_problem(_: Request, error: Exception) -> Any:
     status, retry_after_s = next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+    retry_after_s = getattr(error, "retry_after_s", None) or retry_after_s
     return ProblemResponse(status, str(error), retry_after_s=retry_after_s)
 
 

@@ -21,16 +21,18 @@ from pydantic import ValidationError
 from synthrep_generator.admission import Order, digest_prompts
 from synthrep_generator.context import (
     BatchId,
+    CallerDep,
     Context,
     ContextDep,
     Limit,
     Position,
+    may_handle,
 )
 from synthrep_generator.failure_reader import failure_views
 from synthrep_generator.intake import BatchHeader
-from synthrep_generator.problems import problem_answers
 from synthrep_generator.tally import Batch
-from synthrep_shared.asgi import principal_of
+from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.keys import Principal
 from synthrep_shared.messages import (
     BatchAccepted,
     BatchRequest,
@@ -104,11 +106,11 @@ async def _json_body(request: Request) -> bytes:
     response_model=BatchAccepted,
     summary="Hand in up to 1,000 prompts",
     responses=problem_answers(408, 409, 413, 415, 429, 503, 507),
-    openapi_extra=_JSON_BODY,
+    openapi_extra=needs("submit") | _JSON_BODY,
 )
 def submit(
     context: ContextDep,
-    request: Request,
+    caller: CallerDep,
     response: Response,
     tasks: BackgroundTasks,
     body: Annotated[bytes, Depends(_json_body)],
@@ -127,7 +129,7 @@ def submit(
         priority=asked.priority,
         num_prompts=len(asked.prompts),
         prompts_digest=digest_prompts(asked.prompts),
-        owner=principal_of(request.scope).owner,
+        caller=caller,
         idempotency_key=idempotency_key,
     )
     header = context.admission.accept(order, asked.prompts)
@@ -142,20 +144,23 @@ def submit(
     response_model=Page[BatchView],
     summary="Batches, the newest first",
     responses=problem_answers(),
+    openapi_extra=needs("read"),
 )
 def list_all(
     context: ContextDep,
+    caller: CallerDep,
     dataset: Annotated[str | None, Query(pattern=DATASET_PATTERN)] = None,
     cursor: BatchCursor = None,
     limit: Limit = 100,
 ) -> Page[BatchView]:
-    """Of one data set or of all."""
+    """The caller's, of one data set or of all."""
     indexes = context.catalog.datasets()
     entries = [
         (index, batch)
         for index in indexes
         if dataset in (None, index.name)
         for batch in index.batches()
+        if may_handle(caller, batch)
     ]
 
     if cursor is not None:
@@ -181,10 +186,11 @@ def _age(batch: Batch) -> tuple[int, str]:
     response_model=BatchView,
     summary="How far a batch is",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
-def get(context: ContextDep, batch_id: BatchId) -> BatchView:
+def get(context: ContextDep, caller: CallerDep, batch_id: BatchId) -> BatchView:
     """`accepted` is the sum of the other five counts, always."""
-    return context.batch_view(*context.batch(batch_id))
+    return context.batch_view(*context.batch(caller, batch_id))
 
 
 @router.get(
@@ -192,12 +198,17 @@ def get(context: ContextDep, batch_id: BatchId) -> BatchView:
     response_model=Page[FailureView],
     summary="Prompts that ended as failures",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
 def list_failures(
-    context: ContextDep, batch_id: BatchId, cursor: Position = None, limit: Limit = 100
+    context: ContextDep,
+    caller: CallerDep,
+    batch_id: BatchId,
+    cursor: Position = None,
+    limit: Limit = 100,
 ) -> Page[FailureView]:
     """In the order in which they were recorded, each with its reason."""
-    index, batch = context.batch(batch_id)
+    index, batch = context.batch(caller, batch_id)
     skip = int(cursor or 0)
     shown = failure_views(index, batch.id, skip=skip, limit=limit)
     has_more = skip + len(shown) < batch.failed
@@ -210,10 +221,13 @@ def list_failures(
     response_model=BatchView,
     summary="Give up what is not done yet",
     responses=problem_answers(404, 503, 507),
+    openapi_extra=needs("submit"),
 )
-def cancel(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> BatchView:
+def cancel(
+    context: ContextDep, caller: CallerDep, batch_id: BatchId, tasks: BackgroundTasks
+) -> BatchView:
     """Decides every undecided prompt as cancelled, for good; done images stay."""
-    index, batch = context.batch(batch_id)
+    index, batch = context.batch(caller, batch_id)
     index.cancel(batch)
     tasks.add_task(context.live.nudge)
     return context.batch_view(index, batch)
@@ -224,10 +238,13 @@ def cancel(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> Ba
     response_model=BatchView,
     summary="Hold a batch back",
     responses=problem_answers(404, 503, 507),
+    openapi_extra=needs("submit"),
 )
-def pause(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> BatchView:
+def pause(
+    context: ContextDep, caller: CallerDep, batch_id: BatchId, tasks: BackgroundTasks
+) -> BatchView:
     """Jobs that run already end; no new ones start until the batch is resumed."""
-    return _set_paused(context, batch_id, tasks, paused=True)
+    return _set_paused(context, caller, batch_id, tasks, paused=True)
 
 
 @router.post(
@@ -235,16 +252,19 @@ def pause(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> Bat
     response_model=BatchView,
     summary="Let a paused batch go on",
     responses=problem_answers(404, 503, 507),
+    openapi_extra=needs("submit"),
 )
-def resume(context: ContextDep, batch_id: BatchId, tasks: BackgroundTasks) -> BatchView:
+def resume(
+    context: ContextDep, caller: CallerDep, batch_id: BatchId, tasks: BackgroundTasks
+) -> BatchView:
     """No effect on a batch that is not paused."""
-    return _set_paused(context, batch_id, tasks, paused=False)
+    return _set_paused(context, caller, batch_id, tasks, paused=False)
 
 
 def _set_paused(
-    context: Context, batch_id: str, tasks: BackgroundTasks, *, paused: bool
+    context: Context, caller: Principal, batch_id: str, tasks: BackgroundTasks, *, paused: bool
 ) -> BatchView:
-    index, batch = context.batch(batch_id)
+    index, batch = context.batch(caller, batch_id)
     index.pause(batch, paused)
     tasks.add_task(context.live.nudge)
     return context.batch_view(index, batch)

@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from synthrep_generator.context import (
+    CallerDep,
     ContextDep,
     Cursor,
     DatasetId,
@@ -18,8 +19,8 @@ from synthrep_generator.context import (
     Position,
     cut_page,
 )
-from synthrep_generator.problems import not_found, problem_answers
-from synthrep_shared.asgi import ProblemResponse
+from synthrep_generator.problems import not_found
+from synthrep_shared.asgi import ProblemResponse, needs, problem_answers
 from synthrep_shared.messages import DatasetView, Page, ShardView
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -61,11 +62,17 @@ class ShardResponse(FileResponse):
 
 
 @router.get(
-    "", response_model=Page[DatasetView], summary="Data sets by name", responses=problem_answers()
+    "",
+    response_model=Page[DatasetView],
+    summary="Data sets by name",
+    responses=problem_answers(),
+    openapi_extra=needs("read"),
 )
-def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[DatasetView]:
+def list_all(
+    context: ContextDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 100
+) -> Page[DatasetView]:
     """Counts are those of the commit log."""
-    indexes = context.catalog.datasets()
+    indexes = context.datasets(caller)
     shown, next_cursor = cut_page(indexes, [index.name for index in indexes], cursor, limit)
     return Page[DatasetView](items=[i.dataset_view() for i in shown], next_cursor=next_cursor)
 
@@ -75,10 +82,11 @@ def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> 
     response_model=DatasetView,
     summary="Counts of a data set",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
-def get(context: ContextDep, dataset: DatasetId) -> DatasetView:
+def get(context: ContextDep, caller: CallerDep, dataset: DatasetId) -> DatasetView:
     """`last_seq` is the position that the commit log has reached."""
-    return context.dataset(dataset).dataset_view()
+    return context.dataset(caller, dataset).dataset_view()
 
 
 @router.get(
@@ -86,9 +94,11 @@ def get(context: ContextDep, dataset: DatasetId) -> DatasetView:
     response_model=Page[ShardView],
     summary="Sealed shards after a position of the commit log",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
 def list_shards(
     context: ContextDep,
+    caller: CallerDep,
     dataset: DatasetId,
     after: Annotated[
         int, Query(ge=0, le=_MAX_SEQ, description="Sequence number to go on from")
@@ -97,23 +107,29 @@ def list_shards(
     limit: Limit = 100,
 ) -> Page[ShardView]:
     """In the order of `seq`. A follower asks again with `after` set to the last `seq` it saw."""
-    index = context.dataset(dataset)
+    index = context.dataset(caller, dataset)
     shards = index.shards(after if cursor is None else int(cursor), limit + 1)
     shown = shards[:limit]
     next_cursor = str(shown[-1].seq) if len(shards) > limit else None
     return Page[ShardView](items=shown, next_cursor=next_cursor)
 
 
-@router.head("/{dataset}/shards/{name}", include_in_schema=False)
+@router.head("/{dataset}/shards/{name}", include_in_schema=False, openapi_extra=needs("read"))
 @router.get(
     "/{dataset}/shards/{name}",
     response_class=ShardResponse,
     summary="A sealed shard",
     responses=_FILE_ANSWERS,
+    openapi_extra=needs("read"),
 )
-def get_shard(context: ContextDep, dataset: DatasetId, name: ShardName) -> ShardResponse:
+def get_shard(
+    context: ContextDep, caller: CallerDep, dataset: DatasetId, name: ShardName
+) -> ShardResponse:
     """The tar file, whole or by `Range`; it never changes, and its `ETag` is its sha256."""
-    found = context.dataset(dataset).shard(name)
+    try:
+        found = context.dataset(caller, dataset).shard(name)
+    except FileNotFoundError:
+        found = None
     if found is None or not found[1].is_file():
         raise not_found("shard")
     shard, path = found

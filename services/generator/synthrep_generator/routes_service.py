@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 
 from fastapi import APIRouter, HTTPException
 
 from synthrep_generator.context import Context, ContextDep, Cursor, Limit, cut_page
-from synthrep_generator.problems import RETRY_AFTER_S, problem_answers
+from synthrep_generator.problems import RETRY_AFTER_S
+from synthrep_shared.asgi import NEEDS_NO_KEY, needs, problem_answers
 from synthrep_shared.messages import (
     HealthView,
     ModelView,
@@ -17,6 +17,7 @@ from synthrep_shared.messages import (
     ScaleView,
     WorkerView,
 )
+from synthrep_shared.storage import is_writable
 
 router = APIRouter(tags=["service"])
 
@@ -26,6 +27,7 @@ router = APIRouter(tags=["service"])
     response_model=Page[ModelView],
     summary="Models that batches may name",
     responses=problem_answers(),
+    openapi_extra=needs("read"),
 )
 def list_models(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ModelView]:
     """By alias, each with what it does unless a batch says otherwise."""
@@ -45,6 +47,7 @@ def list_models(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) 
     response_model=Page[WorkerView],
     summary="Live workers",
     responses=problem_answers(503),
+    openapi_extra=needs("read"),
 )
 def list_workers(
     context: ContextDep, cursor: Cursor = None, limit: Limit = 100
@@ -57,7 +60,11 @@ def list_workers(
 
 
 @router.get(
-    "/v1/queue", response_model=QueueView, summary="Work in hand", responses=problem_answers(503)
+    "/v1/queue",
+    response_model=QueueView,
+    summary="Work in hand",
+    responses=problem_answers(503),
+    openapi_extra=needs("read"),
 )
 def get_queue(context: ContextDep) -> QueueView:
     """`backlog_s` is what all accepted images take at the speed of the live workers."""
@@ -82,6 +89,7 @@ def workers_wanted(context: Context) -> int:
     response_model=ScaleView,
     summary="Workers wanted, for an autoscaler",
     responses=problem_answers(),
+    openapi_extra=needs("read"),
 )
 def get_scale(context: ContextDep) -> ScaleView:
     """From files, so that it holds without Redis; 0 only when nothing waits and nothing runs."""
@@ -92,7 +100,7 @@ def get_scale(context: ContextDep) -> ScaleView:
     "/healthz",
     response_model=HealthView,
     summary="The process lives",
-    openapi_extra={"security": []},
+    openapi_extra=NEEDS_NO_KEY,
 )
 async def healthz() -> HealthView:
     """Touches neither disk nor Redis."""
@@ -104,11 +112,11 @@ async def healthz() -> HealthView:
     response_model=HealthView,
     summary="Disk and Redis answer",
     responses={503: problem_answers(503)[503]},
-    openapi_extra={"security": []},
+    openapi_extra=NEEDS_NO_KEY,
 )
 def readyz(context: ContextDep) -> HealthView:
     """503 while Redis is gone; batches are taken in all the same."""
-    if not os.access(context.settings.root, os.W_OK):
+    if not is_writable(context.settings.root):
         headers = {"retry-after": str(RETRY_AFTER_S)}
         raise HTTPException(503, "the root of the data sets cannot be written", headers=headers)
     context.live.snapshot()

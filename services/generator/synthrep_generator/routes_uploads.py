@@ -15,12 +15,12 @@ from fastapi import APIRouter, BackgroundTasks, HTTPException, Query, Request, R
 from pydantic import ConfigDict, Field, Json
 
 from synthrep_generator.admission import Order
-from synthrep_generator.context import Context, ContextDep
+from synthrep_generator.context import CallerDep, Context, ContextDep
 from synthrep_generator.errors import HighWaterError, UploadError
-from synthrep_generator.problems import problem_answers
 from synthrep_generator.routes_batches import IdempotencyKey, accepted_fields, generation_settings
 from synthrep_generator.uploads import FORMATS, read_spool, spool_prompts
-from synthrep_shared.asgi import principal_of
+from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.keys import Principal
 from synthrep_shared.messages import (
     DatasetName,
     GenerationSettings,
@@ -28,6 +28,7 @@ from synthrep_shared.messages import (
     QualityGate,
     UploadAccepted,
 )
+from synthrep_shared.storage import spool_folder
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 _MAX_UPLOADS = 4
@@ -64,10 +65,11 @@ class UploadQuery(GenerationSettings):
     response_model=UploadAccepted,
     summary="Hand in a file of up to a million prompts",
     responses=problem_answers(408, 409, 413, 415, 429, 503, 507),
-    openapi_extra=_BODY,
+    openapi_extra=needs("submit") | _BODY,
 )
 async def upload(
     context: ContextDep,
+    caller: CallerDep,
     request: Request,
     response: Response,
     tasks: BackgroundTasks,
@@ -87,12 +89,11 @@ async def upload(
     except anyio.WouldBlock:
         raise HighWaterError(f"{_MAX_UPLOADS} uploads are coming in; send this one later") from None
     try:
-        await run_sync(_check_early, context, query)
-        with tempfile.TemporaryFile(dir=context.catalog.root) as raw:
+        await run_sync(_check_early, context, caller, query)
+        with tempfile.TemporaryFile(dir=spool_folder(context.catalog.root)) as raw:
             await _receive(request, raw)
-            owner = principal_of(request.scope).owner
             answer = await run_sync(
-                _accept, context, query, raw, media_type, is_gzip, owner, idempotency_key
+                _accept, context, query, raw, media_type, is_gzip, caller, idempotency_key
             )
     finally:
         uploads.release_on_behalf_of(request)
@@ -121,10 +122,10 @@ def _content(request: Request) -> tuple[str, bool]:
     return media_type, encoding == "gzip"
 
 
-def _check_early(context: Context, query: UploadQuery) -> None:
+def _check_early(context: Context, caller: Principal, query: UploadQuery) -> None:
     """Refuse before the body comes what would be refused after it."""
     context.admission.complete(generation_settings(query))
-    context.admission.check_room(1)
+    context.admission.check_room(caller, query.dataset)
 
 
 async def _receive(request: Request, raw: IO[bytes]) -> None:
@@ -150,11 +151,11 @@ def _accept(
     raw: IO[bytes],
     media_type: str,
     is_gzip: bool,
-    owner: str,
+    caller: Principal,
     idempotency_key: str | None,
 ) -> UploadAccepted:
     raw.seek(0)
-    with tempfile.TemporaryFile(dir=context.catalog.root) as spool:
+    with tempfile.TemporaryFile(dir=spool_folder(context.catalog.root)) as spool:
         summary = spool_prompts(raw, spool, media_type=media_type, is_gzip=is_gzip)
         if summary.num_prompts == 0:
             reasons = {line.reason for line in summary.rejected.first[:5]}
@@ -165,7 +166,7 @@ def _accept(
             priority=query.priority,
             num_prompts=summary.num_prompts,
             prompts_digest=summary.prompts_digest,
-            owner=owner,
+            caller=caller,
             idempotency_key=idempotency_key,
         )
         header = context.admission.accept(order, read_spool(spool))

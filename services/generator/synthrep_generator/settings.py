@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from synthrep_generator.model_catalogue import CATALOGUE, LORA_FOLDER
 from synthrep_shared.settings import ServiceSettings
 
 Sampler = Literal["ddim", "dpm++", "euler", "euler-a", "lcm", "flow-match"]
@@ -85,6 +86,18 @@ def _tiny() -> dict[str, ModelConfig]:
     }
 
 
+def catalogue_model(alias: str, model_cache: Path, **given: Any) -> dict[str, Any]:
+    """Fields of a catalogue's model in the cache; those that are `given` have priority."""
+    entry = CATALOGUE[alias]
+    return {
+        "path": model_cache.expanduser() / alias,
+        "licence": entry.licence,
+        "loras": [{"path": f"{LORA_FOLDER}/{lora.name}"} for lora in entry.loras],
+        **entry.settings,
+        **given,
+    }
+
+
 class GeneratorSettings(ServiceSettings):
     """What the generator's API, reconciler and workers read."""
 
@@ -96,10 +109,11 @@ class GeneratorSettings(ServiceSettings):
     """Redis or Valkey that holds the work in hand."""
     queue: str = Field(default="synthrep", pattern="^[a-z0-9_-]{1,64}$")
     """Name of the one RQ queue."""
-    models: dict[str, ModelConfig] = Field(default_factory=_tiny)
-    """Aliases that clients may name, as JSON."""
     model_cache: Path = Path("~/.cache/synthrep/models")
     """Folder that `synthrep models pull` fills: one folder for each alias of the catalogue."""
+    models: dict[str, ModelConfig] = Field(default_factory=_tiny)
+    """Aliases that clients may name, as JSON, beside those of the catalogue that were pulled; an
+    alias of the catalogue has the catalogue's values where none are given."""
     batch_sizes: Path = Path("~/.cache/synthrep/batch-sizes.json")
     """File in which workers remember the best device batch of each model and kind of device."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
@@ -122,6 +136,8 @@ class GeneratorSettings(ServiceSettings):
     """Crashes of the device process after which a lone prompt is recorded as failed."""
     high_water_prompts: int = Field(default=2_000_000, ge=1)
     """Accepted and unfinished prompts above which new batches are refused."""
+    low_water_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Part of the high water down to which batches go on being refused after that."""
     reserve_bytes: int = Field(default=1 << 30, ge=0)
     """Free disk space below which new batches are refused and workers wait."""
     max_body_bytes: int = Field(default=2 << 20, ge=1024)
@@ -134,3 +150,15 @@ class GeneratorSettings(ServiceSettings):
     """Format of stored images."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of stored JPEG and WebP images."""
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _fill_from_catalogue(cls, models: Any, info: ValidationInfo) -> Any:
+        if not isinstance(models, dict) or "model_cache" not in info.data:
+            return models
+        return {
+            alias: catalogue_model(alias, info.data["model_cache"], **fields)
+            if alias in CATALOGUE and isinstance(fields, dict)
+            else fields
+            for alias, fields in models.items()
+        }

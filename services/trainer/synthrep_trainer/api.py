@@ -13,15 +13,15 @@ import sys
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from synthrep_shared.asgi import App, Guard
+from synthrep_shared.asgi import App, Guard, describe_keys
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import ProbeRequest, Problem, RunRequest
 from synthrep_trainer import routes_probes, routes_runs, routes_service
-from synthrep_trainer.context import Context
+from synthrep_trainer.context import Context, authorise
 from synthrep_trainer.problems import install_problem_handlers
 from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
@@ -44,6 +44,7 @@ def create_app(settings: TrainerSettings) -> App:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(authorise)],
     )
     app.state.context = context
     app.state.registry = routes_service.make_registry(context)
@@ -71,9 +72,7 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
     )
     components = schema.setdefault("components", {})
     components.setdefault("schemas", {}).update(extra["$defs"])
-    if has_keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{"key": []}]
+    describe_keys(schema, has_keys=has_keys)
     return schema
 
 

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, HTTPException, Path, Query, Request
+from fastapi import Depends, Header, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from synthrep_shared.asgi import NEEDS_NO_KEY, may_enter, principal_of
+from synthrep_shared.keys import Principal
+from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.problems import not_found
 from synthrep_trainer.runs import ProbeFolder, RunFolder, Workplace, is_id
 from synthrep_trainer.settings import TrainerSettings
@@ -25,6 +28,15 @@ Cursor = Annotated[
 RunId = Annotated[str, Path(max_length=128, description="Id of a run")]
 ProbeId = Annotated[str, Path(max_length=128, description="Id of a probe")]
 F = TypeVar("F", RunFolder, ProbeFolder)
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="Makes a request safe to repeat: the same key and body get the same answer",
+    ),
+]
 M = TypeVar("M", bound=BaseModel)
 V = TypeVar("V")
 
@@ -36,19 +48,61 @@ class Context:
     settings: TrainerSettings
     place: Workplace
 
-    def run(self, run_id: str) -> RunFolder:
-        """The run; raises 404."""
+    def owned(self, caller: Principal, folders: Sequence[F]) -> list[F]:
+        """Those of the folders that are the caller's; an unreadable one is an admin's."""
+        if caller.is_admin:
+            return list(folders)
+        owners = readable(lambda folder: (folder, folder.record.owner), folders)
+        return [folder for folder, owner in owners if caller.owns(owner)]
+
+    def run(self, caller: Principal, run_id: str) -> RunFolder:
+        """The run; raises 404, also for another owner's."""
         found = self.place.run(run_id)
-        if found is None:
+        if found is None or not caller.owns(found.record.owner):
             raise not_found("run")
         return found
 
-    def probe(self, probe_id: str) -> ProbeFolder:
-        """The probe; raises 404."""
+    def may_probe(self, caller: Principal, run_id: str) -> bool:
+        """Whether there is such a run of the caller's."""
+        found = self.place.run(run_id)
+        return found is not None and caller.owns(found.record.owner)
+
+    def earlier_run(
+        self, caller: Principal, key: str | None, request: RunRequest
+    ) -> RunFolder | None:
+        """The run that the caller's key already made; raises IdempotencyConflictError."""
+        run_id = key and self.place.run_claims.find(caller.owner, key, request)
+        return self.place.run(run_id) if run_id else None
+
+    def earlier_probe(
+        self, caller: Principal, key: str | None, request: ProbeRequest
+    ) -> ProbeFolder | None:
+        """The probe that the caller's key already made; raises IdempotencyConflictError."""
+        probe_id = key and self.place.probe_claims.find(caller.owner, key, request)
+        return self.place.probe(probe_id) if probe_id else None
+
+    def probe(self, caller: Principal, probe_id: str) -> ProbeFolder:
+        """The probe; raises 404, also for another owner's."""
         found = self.place.probe(probe_id)
-        if found is None:
+        if found is None or not caller.owns(found.record.owner):
             raise not_found("probe")
         return found
+
+
+async def authorise(request: Request) -> None:
+    """Lets a request into its route: the route says what it needs, and without a word nobody may.
+
+    Raises 403.
+    """
+    operation = request.scope["route"].openapi_extra
+    if operation == NEEDS_NO_KEY:
+        return
+    if not may_enter(principal_of(request.scope), operation):
+        raise HTTPException(403, "the key lacks the scope that this takes, see /openapi.json")
+
+
+async def _caller(request: Request) -> Principal:
+    return principal_of(request.scope)
 
 
 async def _context(request: Request) -> Context:
@@ -64,6 +118,7 @@ async def _json_body(request: Request) -> bytes:
 
 
 ContextDep = Annotated[Context, Depends(_context)]
+CallerDep = Annotated[Principal, Depends(_caller)]
 JsonBody = Annotated[bytes, Depends(_json_body)]
 
 

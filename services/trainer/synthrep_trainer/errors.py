@@ -4,6 +4,7 @@ SynthRepError
 ├── RunError               a run cannot start or go on as asked
 │   ├── RunBusyError       another process trains this run
 │   └── LogChangedError    the commit log is not the one that this run read before
+├── IdempotencyConflictError  the key was used with another body
 ├── BadShardError          a committed shard is not what the log says; it was put in quarantine
 ├── NoCheckpointError      there is no checkpoint whose manifest verifies
 └── TrainingStoppedError   going on would waste the run
@@ -26,6 +27,10 @@ class RunBusyError(RunError):
 
 class LogChangedError(RunError):
     """The commit log is not the one that this run read before."""
+
+
+class IdempotencyConflictError(SynthRepError):
+    """The idempotency key was used with another body."""
 
 
 class BadShardError(SynthRepError):

@@ -149,7 +149,8 @@ class RunJob(Job):
         step = self._newest_step()
         if step // every > self._probed_step // every:
             for dataset in self._record.request.probe_datasets:
-                self._place.submit_probe(ProbeRequest(run_id=self.folder.id, dataset=dataset))
+                request = ProbeRequest(run_id=self.folder.id, dataset=dataset)
+                self._place.submit_probe(request, owner=self._record.owner)
         self._probed_step = max(step, self._probed_step)
 
     def _newest_step(self) -> int:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from synthrep_shared.asgi import ProblemResponse, validation_problem
+from synthrep_trainer.errors import IdempotencyConflictError
 
 _log = logging.getLogger(__name__)
 _RETRY_AFTER_S = 30
@@ -36,6 +37,7 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(StarletteHTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _schema_problem)
     app.add_exception_handler(ClientDisconnect, _gone_problem)
+    app.add_exception_handler(IdempotencyConflictError, _conflict_problem)
     app.add_exception_handler(OSError, _storage_problem)
     app.add_exception_handler(ValidationError, _version_problem)
     app.add_exception_handler(Exception, _unexpected_problem)
@@ -55,6 +57,10 @@ async def _schema_problem(_: Request, error: Exception) -> Any:
 
 async def _gone_problem(_: Request, __: Exception) -> Any:
     return ProblemResponse(400, "the body ended early")
+
+
+async def _conflict_problem(_: Request, error: Exception) -> Any:
+    return ProblemResponse(409, str(error))
 
 
 async def _storage_problem(_: Request, error: Exception) -> Any:

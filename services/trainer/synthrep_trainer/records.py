@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from synthrep_shared.keys import ANONYMOUS
 from synthrep_shared.messages import ProbeRequest, RunRequest, State
 
 
@@ -19,6 +20,7 @@ class RunRecord(_Record):
 
     id: str
     request: RunRequest
+    owner: str = ANONYMOUS
     created_at: datetime
 
     @property
@@ -51,6 +53,7 @@ class ProbeRecord(_Record):
 
     id: str
     request: ProbeRequest
+    owner: str = ANONYMOUS
     created_at: datetime
 
 

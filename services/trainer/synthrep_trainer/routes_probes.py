@@ -6,11 +6,15 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Response
 
-from synthrep_shared.asgi import problem_answers
+from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.keys import Principal
 from synthrep_shared.messages import Page, ProbeRequest, ProbeSetView, ProbeView
 from synthrep_trainer.context import (
+    CallerDep,
+    Context,
     ContextDep,
     Cursor,
+    IdempotencyKey,
     JsonBody,
     Limit,
     ProbeId,
@@ -36,23 +40,40 @@ _PROBE_BODY: dict[str, Any] = {
     status_code=202,
     response_model=ProbeView,
     summary="Judge a run's newest checkpoint, or a checkpoint",
-    responses=problem_answers(413, 415, 429, 503),
-    openapi_extra=_PROBE_BODY,
+    responses=problem_answers(409, 413, 415, 429, 503),
+    openapi_extra=needs("probe") | _PROBE_BODY,
 )
-def submit(context: ContextDep, response: Response, body: JsonBody) -> ProbeView:
+def submit(
+    context: ContextDep,
+    caller: CallerDep,
+    response: Response,
+    body: JsonBody,
+    idempotency_key: IdempotencyKey = None,
+) -> ProbeView:
     """The probe is durable when the answer is 202; training goes on meanwhile."""
     request = parse_body(ProbeRequest, body)
+    folder = context.earlier_probe(caller, idempotency_key, request)
+    if folder is None:
+        _check(context, caller, request)
+        folder = context.place.submit_probe(request, owner=caller.owner, key=idempotency_key)
+    response.headers["location"] = f"/v1/probes/{folder.id}"
+    return probe_view(folder)
+
+
+def _check(context: Context, caller: Principal, request: ProbeRequest) -> None:
+    """Raises what becomes 422 or 429; another owner's run is none."""
     if request.dataset not in probe_datasets(context.settings.probe_data):
         raise HTTPException(422, "there is no such labelled set, see GET /v1/probe-datasets")
-    if request.run_id is not None and context.place.run(request.run_id) is None:
+    if request.run_id is not None and not context.may_probe(caller, request.run_id):
         raise HTTPException(422, "there is no such run")
-    if request.checkpoint is not None and context.place.checkpoint(request.checkpoint) is None:
-        raise HTTPException(422, "there is no such checkpoint, see GET /v1/runs/{id}/checkpoints")
+    if request.checkpoint is not None:
+        checkpoint = context.place.checkpoint(request.checkpoint)
+        if checkpoint is None or not context.may_probe(caller, checkpoint.parents[1].name):
+            raise HTTPException(
+                422, "there is no such checkpoint, see GET /v1/runs/{id}/checkpoints"
+            )
     if context.place.num_queued_probes() >= context.settings.max_queued:
         raise too_many("too many probes are queued")
-    view = probe_view(context.place.submit_probe(request))
-    response.headers["location"] = f"/v1/probes/{view.id}"
-    return view
 
 
 @router.get(
@@ -60,10 +81,13 @@ def submit(context: ContextDep, response: Response, body: JsonBody) -> ProbeView
     response_model=Page[ProbeView],
     summary="Probes, the newest first",
     responses=problem_answers(),
+    openapi_extra=needs("read"),
 )
-def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeView]:
+def list_all(
+    context: ContextDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 100
+) -> Page[ProbeView]:
     """Each as `GET /v1/probes/{id}` has it."""
-    shown, next_cursor = newest_first(context.place.probes(), cursor, limit)
+    shown, next_cursor = newest_first(context.owned(caller, context.place.probes()), cursor, limit)
     return Page[ProbeView](items=readable(probe_view, shown), next_cursor=next_cursor)
 
 
@@ -72,10 +96,11 @@ def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> 
     response_model=ProbeView,
     summary="One probe",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
-def get(context: ContextDep, probe_id: ProbeId) -> ProbeView:
+def get(context: ContextDep, caller: CallerDep, probe_id: ProbeId) -> ProbeView:
     """State, and the result once it is completed."""
-    return probe_view(context.probe(probe_id))
+    return probe_view(context.probe(caller, probe_id))
 
 
 @router.get(
@@ -83,6 +108,7 @@ def get(context: ContextDep, probe_id: ProbeId) -> ProbeView:
     response_model=Page[ProbeSetView],
     summary="Labelled sets by name",
     responses=problem_answers(503),
+    openapi_extra=needs("read"),
 )
 def list_sets(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeSetView]:
     """Those that travel with the service and those of its folder of labelled sets."""

@@ -10,12 +10,16 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from synthrep_shared.asgi import problem_answers
+from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.keys import Principal
 from synthrep_shared.messages import CheckpointView, Page, RunRequest, RunView
 from synthrep_trainer.checkpoint_folders import list_checkpoints
 from synthrep_trainer.context import (
+    CallerDep,
+    Context,
     ContextDep,
     Cursor,
+    IdempotencyKey,
     JsonBody,
     Limit,
     RunId,
@@ -49,12 +53,30 @@ After = Annotated[int, Query(ge=-1, lt=2**53, description="Steps after this one"
     status_code=202,
     response_model=RunView,
     summary="Start a training run",
-    responses=problem_answers(413, 415, 429, 503),
-    openapi_extra=_RUN_BODY,
+    responses=problem_answers(409, 413, 415, 429, 503),
+    openapi_extra=needs("submit") | _RUN_BODY,
 )
-def submit(context: ContextDep, response: Response, body: JsonBody) -> RunView:
+def submit(
+    context: ContextDep,
+    caller: CallerDep,
+    response: Response,
+    body: JsonBody,
+    idempotency_key: IdempotencyKey = None,
+) -> RunView:
     """The run is durable when the answer is 202; a launcher takes it up in its turn."""
     request = parse_body(RunRequest, body)
+    folder = context.earlier_run(caller, idempotency_key, request)
+    if folder is None:
+        _check(context, caller, request)
+        folder = context.place.submit_run(request, owner=caller.owner, key=idempotency_key)
+    response.headers["location"] = f"/v1/runs/{folder.id}"
+    return run_view(folder)
+
+
+def _check(context: Context, caller: Principal, request: RunRequest) -> None:
+    """Raises what becomes 403, 422 or 429."""
+    if caller.datasets is not None and not caller.lists(request.dataset):
+        raise HTTPException(403, "the key does not reach this data set")
     known = probe_datasets(context.settings.probe_data) if request.probe_datasets else {}
     if not known.keys() >= set(request.probe_datasets):
         raise HTTPException(422, "there is no such labelled set, see GET /v1/probe-datasets")
@@ -63,24 +85,33 @@ def submit(context: ContextDep, response: Response, body: JsonBody) -> RunView:
         raise HTTPException(422, f"captions_per_batch must be a multiple of {processes}")
     if context.place.num_queued_runs() >= context.settings.max_queued:
         raise too_many("too many runs are queued")
-    view = run_view(context.place.submit_run(request))
-    response.headers["location"] = f"/v1/runs/{view.id}"
-    return view
 
 
 @router.get(
-    "", response_model=Page[RunView], summary="Runs, the newest first", responses=problem_answers()
+    "",
+    response_model=Page[RunView],
+    summary="Runs, the newest first",
+    responses=problem_answers(),
+    openapi_extra=needs("read"),
 )
-def list_all(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[RunView]:
+def list_all(
+    context: ContextDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 100
+) -> Page[RunView]:
     """Each as `GET /v1/runs/{id}` has it."""
-    shown, next_cursor = newest_first(context.place.runs(), cursor, limit)
+    shown, next_cursor = newest_first(context.owned(caller, context.place.runs()), cursor, limit)
     return Page[RunView](items=readable(run_view, shown), next_cursor=next_cursor)
 
 
-@router.get("/{run_id}", response_model=RunView, summary="One run", responses=problem_answers(404))
-def get(context: ContextDep, run_id: RunId) -> RunView:
+@router.get(
+    "/{run_id}",
+    response_model=RunView,
+    summary="One run",
+    responses=problem_answers(404),
+    openapi_extra=needs("read"),
+)
+def get(context: ContextDep, caller: CallerDep, run_id: RunId) -> RunView:
     """State, and the numbers of its newest step."""
-    return run_view(context.run(run_id))
+    return run_view(context.run(caller, run_id))
 
 
 @router.post(
@@ -88,10 +119,11 @@ def get(context: ContextDep, run_id: RunId) -> RunView:
     response_model=RunView,
     summary="Stop a run at a checkpoint",
     responses=problem_answers(404, 409, 503),
+    openapi_extra=needs("submit"),
 )
-def stop(context: ContextDep, run_id: RunId) -> RunView:
+def stop(context: ContextDep, caller: CallerDep, run_id: RunId) -> RunView:
     """It is `paused` once its checkpoint is written, and can be resumed."""
-    folder = context.run(run_id)
+    folder = context.run(caller, run_id)
     if folder.state not in ("queued", "running", "paused"):
         raise HTTPException(409, f"the run is {folder.state}")
     folder.write_wanted(folder.wanted.model_copy(update={"verb": "stop"}))
@@ -103,10 +135,11 @@ def stop(context: ContextDep, run_id: RunId) -> RunView:
     response_model=RunView,
     summary="Go on with a run that was stopped or failed",
     responses=problem_answers(404, 409, 503),
+    openapi_extra=needs("submit"),
 )
-def resume(context: ContextDep, run_id: RunId) -> RunView:
+def resume(context: ContextDep, caller: CallerDep, run_id: RunId) -> RunView:
     """From its newest checkpoint, in the order that it would have had."""
-    folder = context.run(run_id)
+    folder = context.run(caller, run_id)
     if folder.state == "completed":
         raise HTTPException(409, "the run is completed")
     attempt = folder.wanted.attempt + (folder.state in ("paused", "failed", "cancelled"))
@@ -119,12 +152,18 @@ def resume(context: ContextDep, run_id: RunId) -> RunView:
     response_model=Page[StepMetrics],
     summary="Numbers over steps",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
 def metrics(
-    context: ContextDep, run_id: RunId, after: After = -1, cursor: Cursor = None, limit: Limit = 100
+    context: ContextDep,
+    caller: CallerDep,
+    run_id: RunId,
+    after: After = -1,
+    cursor: Cursor = None,
+    limit: Limit = 100,
 ) -> Page[StepMetrics]:
     """In order of steps, each step once; `cursor` goes before `after`."""
-    path = context.run(run_id).metrics
+    path = context.run(caller, run_id).metrics
     found = read_metrics(path, after=number_from_cursor(cursor, after), limit=limit + 1)
     items = [StepMetrics.model_validate(line) for line in found[:limit]]
     next_cursor = str(items[-1].step) if len(found) > limit else None
@@ -136,13 +175,14 @@ def metrics(
     response_model=Page[CheckpointView],
     summary="Complete checkpoints of a run",
     responses=problem_answers(404),
+    openapi_extra=needs("read"),
 )
 def checkpoints(
-    context: ContextDep, run_id: RunId, cursor: Cursor = None, limit: Limit = 100
+    context: ContextDep, caller: CallerDep, run_id: RunId, cursor: Cursor = None, limit: Limit = 100
 ) -> Page[CheckpointView]:
     """By step; `path` is what a probe takes, below the trainer's folder of runs."""
     after = number_from_cursor(cursor, -1)
-    found = [c for c in list_checkpoints(context.run(run_id).checkpoints) if c.step > after]
+    found = [c for c in list_checkpoints(context.run(caller, run_id).checkpoints) if c.step > after]
     items = [checkpoint_view(checkpoint, context.place.root) for checkpoint in found[:limit]]
     next_cursor = str(items[-1].step) if len(found) > limit else None
     return Page[CheckpointView](items=items, next_cursor=next_cursor)
@@ -166,8 +206,8 @@ async def _listener(request: Request) -> AsyncIterator[None]:
         listeners.release_on_behalf_of(request)
 
 
-async def _followed_run(context: ContextDep, run_id: RunId) -> RunFolder:
-    return context.run(run_id)  # before the stream begins, so that 404 is an answer
+async def _followed_run(context: ContextDep, caller: CallerDep, run_id: RunId) -> RunFolder:
+    return context.run(caller, run_id)  # before the stream begins, so that 404 is an answer
 
 
 @router.get(
@@ -175,6 +215,7 @@ async def _followed_run(context: ContextDep, run_id: RunId) -> RunFolder:
     response_class=EventSourceResponse,
     summary="Numbers and state as they come",
     responses=problem_answers(404, 429),
+    openapi_extra=needs("read"),
     dependencies=[Depends(_listener)],
 )
 async def events(

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from synthrep_shared.asgi import problem_answers
+from synthrep_shared.asgi import NEEDS_NO_KEY, needs, principal_of, problem_answers
 from synthrep_shared.messages import HealthView
 from synthrep_trainer.context import Context, ContextDep
 from synthrep_trainer.metrics import last_metrics
@@ -72,7 +72,7 @@ def make_registry(context: Context) -> CollectorRegistry:
     "/healthz",
     response_model=HealthView,
     summary="The process lives",
-    openapi_extra={"security": []},
+    openapi_extra=NEEDS_NO_KEY,
 )
 async def healthz() -> HealthView:
     """Touches no disk."""
@@ -84,7 +84,7 @@ async def healthz() -> HealthView:
     response_model=HealthView,
     summary="The folder of runs can be written",
     responses={503: problem_answers(503)[503]},
-    openapi_extra={"security": []},
+    openapi_extra=NEEDS_NO_KEY,
 )
 def readyz(context: ContextDep) -> HealthView:
     """Requests are taken in, whether a launcher runs or not."""
@@ -105,7 +105,10 @@ def readyz(context: ContextDep) -> HealthView:
             "content": {"text/plain": {"schema": {"type": "string"}}},
         },
     },
+    openapi_extra=needs("read"),
 )
 def metrics(request: Request) -> Response:
     """Series start with `synthrep_trainer_`."""
+    if not principal_of(request.scope).sees_all:
+        raise HTTPException(403, "figures over everyone's work need a key of all data sets")
     return Response(generate_latest(request.app.state.registry), media_type=_MEDIA_TYPE)

@@ -6,6 +6,7 @@
               lease, train.lock flock of the launcher, of rank 0 of the train process
               failure.json      last words of a train process that failed
               admissions.jsonl  metrics.jsonl  quarantine/  checkpoints/  log.txt
+    claims/{runs,probes}/     which id an Idempotency-Key was given; the API's
     probes/<id>/request.json  status.json  result.json  failure.json  lease  log.txt
 
 Each file has one writer and is replaced whole, so no reader ever waits. Needs no torch.
@@ -25,9 +26,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from synthrep_shared.keys import ANONYMOUS
 from synthrep_shared.messages import ProbeRequest, RunRequest, State
 from synthrep_shared.storage import publish_bytes, sync_folder
 from synthrep_trainer.checkpoint_folders import MANIFEST
+from synthrep_trainer.claims import Claims
 from synthrep_trainer.records import Failure, ProbeRecord, RunRecord, Status, Wanted
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}-[0-9a-f]{12}")
@@ -143,20 +146,41 @@ class Workplace:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._runs, self._probes = root / "runs", root / "probes"
+        self.run_claims = Claims(root / "claims" / "runs")
+        self.probe_claims = Claims(root / "claims" / "probes")
 
     def make_folders(self) -> None:
         """Create the folders where they are absent."""
         self._runs.mkdir(parents=True, exist_ok=True)
         self._probes.mkdir(parents=True, exist_ok=True)
+        self.run_claims.make_folder()
+        self.probe_claims.make_folder()
 
-    def submit_run(self, request: RunRequest) -> RunFolder:
-        """Make a run durable; it is queued from here on."""
-        record = RunRecord(id=new_id(), request=request, created_at=datetime.now(UTC))
+    def submit_run(
+        self, request: RunRequest, *, owner: str = ANONYMOUS, key: str | None = None
+    ) -> RunFolder:
+        """Make a run durable, once for each key of an owner; it is queued from here on.
+
+        Raises IdempotencyConflictError.
+        """
+        run_id = new_id()
+        if key is not None:
+            run_id = self.run_claims.take(owner, key, request, run_id)
+        record = RunRecord(id=run_id, request=request, owner=owner, created_at=datetime.now(UTC))
         return RunFolder(_submit(self._runs, record))
 
-    def submit_probe(self, request: ProbeRequest) -> ProbeFolder:
-        """Make a probe durable; it is queued from here on."""
-        record = ProbeRecord(id=new_id(), request=request, created_at=datetime.now(UTC))
+    def submit_probe(
+        self, request: ProbeRequest, *, owner: str = ANONYMOUS, key: str | None = None
+    ) -> ProbeFolder:
+        """Make a probe durable, once for each key of an owner; it is queued from here on.
+
+        Raises IdempotencyConflictError.
+        """
+        probe_id = new_id()
+        if key is not None:
+            probe_id = self.probe_claims.take(owner, key, request, probe_id)
+        now = datetime.now(UTC)
+        record = ProbeRecord(id=probe_id, request=request, owner=owner, created_at=now)
         return ProbeFolder(_submit(self._probes, record))
 
     def run(self, run_id: str) -> RunFolder | None:
@@ -240,8 +264,8 @@ def _write(path: Path, record: BaseModel) -> None:
 
 def _submit(folder: Path, record: RunRecord | ProbeRecord) -> Path:
     path = folder / record.id
-    path.mkdir(parents=True)
-    _write(path / "request.json", record)
+    path.mkdir(parents=True, exist_ok=True)
+    publish_bytes(record.model_dump_json().encode(), path / "request.json")
     sync_folder(folder)
     return path
 

@@ -1,0 +1,55 @@
+"""What one owner may have: prompts at a time, and prompts in a day, counted from intake files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from synthrep_generator.errors import QuotaError
+from synthrep_generator.tally import Batch
+from synthrep_shared.keys import Principal
+
+_DAY = timedelta(hours=24)
+
+
+def check_quotas(
+    caller: Principal, batches: Iterable[Batch], *, coming: int, num_prompts: int, now: datetime
+) -> None:
+    """Raises QuotaError if `num_prompts` more would pass a quota of the caller's key.
+
+    `batches` are those of all owners, `coming` the owner's prompts that are not in them yet.
+    """
+    limits = (caller.max_outstanding_prompts, caller.max_prompts_per_day)
+    if limits == (None, None):
+        return
+    own = [batch for batch in batches if batch.owner == caller.owner]
+    outstanding = coming + sum(batch.unfinished for batch in own)
+    limit = caller.max_outstanding_prompts
+    if limit is not None and outstanding + num_prompts > limit:
+        raise QuotaError(
+            f"{outstanding} prompts of this owner are unfinished, {num_prompts} more would pass "
+            f"its quota of {limit}; send them later",
+            excess=outstanding + num_prompts - limit,
+        )
+    limit = caller.max_prompts_per_day
+    if limit is None:
+        return
+    recent = sorted(
+        (batch.created_at, batch.num_prompts) for batch in own if batch.created_at > now - _DAY
+    )
+    accepted = coming + sum(count for _, count in recent)
+    if accepted + num_prompts > limit:
+        raise QuotaError(
+            f"{accepted} prompts of this owner were accepted in 24 h, {num_prompts} more would "
+            f"pass its quota of {limit}; send them later",
+            retry_after_s=_frees_in_s(recent, accepted + num_prompts - limit, now),
+        )
+
+
+def _frees_in_s(recent: list[tuple[datetime, int]], excess: int, now: datetime) -> int:
+    """Seconds until the oldest batches that hold `excess` prompts are a day old."""
+    for created_at, count in recent:
+        excess -= count
+        if excess <= 0:
+            return 1 + int((created_at + _DAY - now).total_seconds())
+    return int(_DAY.total_seconds())
