@@ -7,21 +7,23 @@ nothing runs, and while everything does.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_shared.client import SynthRep
-from synthrep_shared.storage import DatasetPaths
+from synthrep_shared.storage import DatasetPaths, parse_root
 
 app = typer.Typer(help="Look at data sets, check and repair them.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="DATASET", help="Name of the data set.")]
 Root = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the data sets; default: SYNTHREP_GENERATOR_ROOT, or runs/data."),
+    str | None,
+    typer.Option(
+        help="Folder or s3://bucket/prefix of the data sets; "
+        "default: SYNTHREP_GENERATOR_ROOT, or runs/data."
+    ),
 ]
 MinAge = Annotated[
     float, typer.Option(min=0, help="Seconds after which a temporary file is left over.")
@@ -103,9 +105,9 @@ def repair(
         typer.echo("nothing to repair")
 
 
-def _paths(root: Path | None, dataset: str) -> DatasetPaths:
+def _paths(root: str | None, dataset: str) -> DatasetPaths:
     if root is None:
         from synthrep_generator.settings import GeneratorSettings
 
-        root = GeneratorSettings().root
-    return DatasetPaths(root, dataset)
+        return DatasetPaths(GeneratorSettings().root, dataset)
+    return DatasetPaths(parse_root(root), dataset)

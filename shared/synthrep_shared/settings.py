@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from synthrep_shared.keys import ApiKey
+from synthrep_shared.shard_copies import COPY_BYTES
 from synthrep_shared.storage import Root
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -29,6 +30,8 @@ class ServiceSettings(BaseSettings):
 
     root: Root = Path("runs/data")
     """Folder or `s3://bucket/prefix` that holds the datasets; services and workers see the same."""
+    copy_bytes: int = Field(default=COPY_BYTES, ge=0)
+    """Disk space below `TMPDIR` for copies of shards, where the root is on S3."""
     host: str = "127.0.0.1"
     """Address to listen on; other than loopback needs at least one API key."""
     api_keys: tuple[ApiKey, ...] = ()

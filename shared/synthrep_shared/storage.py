@@ -100,6 +100,10 @@ class DatasetPaths:
         """Where files are in the making: always on this machine."""
         return spool_folder(self.root) / self.dataset / "tmp"
 
+    def relative_name(self, file: Location) -> str:
+        """A file's name below the dataset's folder; one in the making may lie elsewhere."""
+        return str(file).removeprefix(f"{self.folder}/")
+
     def make_folders(self) -> None:
         """Create the folders of the dataset where they are absent, durably."""
         folders = [self.temporary]
@@ -119,11 +123,6 @@ class StoredFile(NamedTuple):
 
     path: Location
     modified_s: float
-
-
-def relative_name(file: Location, folder: Location) -> str:
-    """The rest of a file's name after that of a folder that holds it."""
-    return str(file)[len(str(folder)) + 1 :]
 
 
 def prepare_root(root: Location) -> None:

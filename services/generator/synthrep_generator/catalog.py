@@ -6,14 +6,14 @@ import logging
 import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 from synthrep_generator.progress import DatasetIndex
 from synthrep_generator.tally import Batch
 from synthrep_shared.commit_log import CommitRecord, GroupRef
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.samples import GID_PATTERN
-from synthrep_shared.storage import DatasetPaths, list_datasets
+from synthrep_shared.shard_copies import COPY_BYTES
+from synthrep_shared.storage import DatasetPaths, Location, list_datasets
 
 logger = logging.getLogger(__name__)
 _BATCH_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -41,8 +41,9 @@ class Unfinished:
 class Catalog:
     """The data sets of one root; safe for several threads."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Location, *, copy_bytes: int = COPY_BYTES) -> None:
+        """`copy_bytes` is the room for local copies of shards that are in an object store."""
+        self.root, self._copy_bytes = root, copy_bytes
         self._lock = threading.Lock()
         self._indexes: dict[str, DatasetIndex] = {}
         self._malformed: set[str] = set()
@@ -112,5 +113,6 @@ class Catalog:
     def _index(self, paths: DatasetPaths) -> DatasetIndex:
         with self._lock:
             if paths.dataset not in self._indexes:
-                self._indexes[paths.dataset] = DatasetIndex(paths)
+                index = DatasetIndex(paths, copy_bytes=self._copy_bytes)
+                self._indexes[paths.dataset] = index
             return self._indexes[paths.dataset]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from synthrep_generator.intake import IntakeReader
 from synthrep_shared.commit_log import CommitLog
 from synthrep_shared.errors import StorageError
-from synthrep_shared.storage import DatasetPaths
+from synthrep_shared.storage import DatasetPaths, Location
 
 _MAX_READERS = 64
 
@@ -32,7 +30,7 @@ class DatasetFiles:
 class OpenDatasets:
     """The data sets under a root, opened at first use."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Location) -> None:
         self._root = root
         self._open: dict[str, DatasetFiles] = {}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,6 +12,7 @@ from synthrep_generator.intake import IntakeReader
 from synthrep_generator.progress import DatasetIndex
 from synthrep_shared.commit_log import CommitRecord, GroupRef
 from synthrep_shared.messages import FailureView
+from synthrep_shared.storage import Location
 
 logger = logging.getLogger(__name__)
 _FAILURES = TypeAdapter(list[Failure])
@@ -38,7 +38,7 @@ def views_of_record(
     return [_view(index, ref, failures.get((ref.batch, ref.index))) for ref in refs]
 
 
-def _read_failures(path: Path) -> dict[tuple[str, int], Failure]:
+def _read_failures(path: Location) -> dict[tuple[str, int], Failure]:
     try:
         failures = _FAILURES.validate_json(path.read_bytes())
     except (OSError, ValidationError):

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from synthrep_generator.chunks import Chunk, Place, chunk_from_places
 from synthrep_generator.errors import IntakeError
-from synthrep_generator.intake import BatchHeader, IntakeReader, is_paused, list_batches
+from synthrep_generator.intake import BatchHeader, IntakeReader, list_batches, list_paused
 from synthrep_shared.commit_log import CommitLog, Outcomes
 from synthrep_shared.storage import DatasetPaths
 
@@ -148,8 +148,9 @@ def cut_chunks(feeds: Sequence[DatasetFeed], in_flight: Set[Place], *, room: int
     cuts: list[tuple[str, list[Place]]] = []
     shared: dict[tuple[str, str], list[Place]] = {}
     batches = [(batch, feed) for feed in feeds for batch in feed.batches()]
+    paused = {batch for feed in feeds for batch in list_paused(feed.paths)}
     for batch, feed in sorted(batches, key=lambda pair: pair[0].urgency):
-        if is_paused(feed.paths, batch.header.id):
+        if batch.header.id in paused:
             continue
         for cut in batch.free_blocks(feed.outcomes, in_flight):
             partial = shared.get(cut.kind)

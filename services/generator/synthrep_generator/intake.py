@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 

@@ -13,9 +13,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from synthrep_shared.commit_log import CommitRecord, LogReader
+from synthrep_shared.errors import CommitLogError
+from synthrep_shared.storage import Location
 
 READ_BYTES = 64 << 10
 _TABLES = """
@@ -36,7 +37,7 @@ class GroupPlace:
 class LogIndex:
     """Grows with the log; answers where a record is and reads it there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self._path = path
         self._table = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         weakref.finalize(self, self._table.close)
@@ -90,11 +91,22 @@ class LogIndex:
 
     def records(self, after: int) -> Iterator[CommitRecord]:
         """The records with a sequence number above `after`, oldest first, up to the log's end."""
-        mark = bisect_right(self._mark_seqs, after) - 1
-        reader = LogReader(self._path, seq=self._mark_seqs[mark], offset=self._mark_offsets[mark])
+        reader = self._reader(after)
         while records := reader.poll(READ_BYTES):
             yield from (record for record in records if record.seq > after)
 
     def record(self, seq: int) -> CommitRecord:
         """The record with this sequence number, which must be in the log."""
-        return next(self.records(seq - 1))
+        reader = self._reader(seq - 1)
+        is_next = reader.seq == seq - 1
+        while records := reader.poll(1 if is_next else READ_BYTES):
+            if records[-1].seq >= seq:
+                return next(record for record in records if record.seq == seq)
+        raise CommitLogError(f"{self._path}: record {seq} is gone")
+
+    def _reader(self, after: int) -> LogReader:
+        """A reader at or not far before the record that follows `after`."""
+        mark = bisect_right(self._mark_seqs, after) - 1
+        reader = LogReader(self._path, seq=self._mark_seqs[mark], offset=self._mark_offsets[mark])
+        reader.seek(after)
+        return reader

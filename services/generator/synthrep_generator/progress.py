@@ -20,8 +20,8 @@ from synthrep_generator.errors import IntakeError
 from synthrep_generator.intake import (
     BatchHeader,
     IntakeReader,
-    is_paused,
     list_batches,
+    list_paused,
     set_paused,
 )
 from synthrep_generator.log_index import READ_BYTES, LogIndex
@@ -34,7 +34,8 @@ from synthrep_shared.messages import (
     ShardView,
     State,
 )
-from synthrep_shared.storage import DatasetPaths
+from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies
+from synthrep_shared.storage import DatasetPaths, folder_changed_ns
 
 logger = logging.getLogger(__name__)
 _MTIME_STEP_NS = 2_000_000_000  # the coarsest time stamps of a file system
@@ -55,13 +56,16 @@ def batch_state(counts: PromptCounts, *, paused: bool) -> State:
 class DatasetIndex:
     """One data set's batches, groups and shards; safe for several threads."""
 
-    def __init__(self, paths: DatasetPaths) -> None:
+    def __init__(self, paths: DatasetPaths, *, copy_bytes: int = COPY_BYTES) -> None:
+        """`copy_bytes` is the room for local copies of shards that are in an object store."""
         self.paths = paths
+        self._copies = ShardCopies(paths, max_bytes=copy_bytes)
         self._lock = threading.RLock()
         self._reader = LogReader(paths.log)
         self._index = LogIndex(paths.log)
         self._tally = Tally()
         self._unreadable: set[str] = set()
+        self._paused: frozenset[str] = frozenset()
         self._intake_mtime_ns = -1
         self._next_scan = 0.0
         self._writing = threading.Lock()
@@ -97,6 +101,7 @@ class DatasetIndex:
                 self._index.add(records, **end)
                 for record in records:
                     self._tally.apply(record)
+            self._paused = list_paused(self.paths)
             self._scan_intake()
 
     def _scan_intake(self) -> None:
@@ -104,7 +109,7 @@ class DatasetIndex:
         if started < self._next_scan:
             return
         try:
-            mtime_ns = self.paths.intake.stat().st_mtime_ns
+            mtime_ns = folder_changed_ns(self.paths.intake)
         except FileNotFoundError:
             return
         if mtime_ns == self._intake_mtime_ns:
@@ -157,8 +162,7 @@ class DatasetIndex:
 
     def unfinished_paused(self) -> list[Batch]:
         """The unfinished batches that are paused."""
-        markers = [p.stem for p in self.paths.control.glob("*.paused")]
-        found = filter(None, (self._tally.batches.get(marker) for marker in markers))
+        found = filter(None, map(self._tally.batches.get, self._paused))
         return [batch for batch in found if batch.unfinished]
 
     def view(self, batch: Batch, *, running: int, now: datetime) -> BatchView:
@@ -167,7 +171,7 @@ class DatasetIndex:
             counts = batch.counts(running)
             images_per_s = self._tally.images_per_s(batch, now.timestamp())
             images = self._tally.outcomes.images[batch.id]
-        state = batch_state(counts, paused=is_paused(self.paths, batch.id))
+        state = batch_state(counts, paused=batch.id in self._paused)
         unfinished_images = (counts.queued + counts.running) * batch.images_per_prompt
         eta_s = 0.0 if unfinished_images == 0 else None
         if unfinished_images and images_per_s and state != "paused":
@@ -205,13 +209,20 @@ class DatasetIndex:
         return [shard_view(record) for record in islice(sealed, limit)]
 
     def shard(self, name: str) -> tuple[ShardView, Path] | None:
-        """The sealed shard of this name and its file; None if the log does not name it."""
+        """The sealed shard of this name and its file; None if the log does not name it.
+
+        Raises as `shard_file` does.
+        """
         with self._lock:
             seq = self._index.shard(name)
         if seq is None:
             return None
         record = self._index.record(seq)
-        return shard_view(record), self.paths.shards / record.name
+        return shard_view(record), self.shard_file(record)
+
+    def shard_file(self, record: CommitRecord) -> Path:
+        """A local file of the shard that a record names; raises OSError, StorageError."""
+        return self._copies.path(record.name, sha256=record.sha256, num_bytes=record.bytes)
 
     def group(self, gid: str) -> tuple[CommitRecord, GroupRef, bool] | None:
         """The record that decided a group, its place in it, and whether it was rejected since."""
@@ -258,6 +269,7 @@ class DatasetIndex:
         if batch.unfinished:
             set_paused(self.paths, batch.id, paused)
         with self._lock:
+            self._paused = list_paused(self.paths)
             self._tally.touch(batch.id)
 
     def _log(self) -> CommitLog:

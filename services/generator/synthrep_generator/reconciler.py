@@ -24,7 +24,7 @@ from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.logs import configure_logging
-from synthrep_shared.storage import DatasetPaths, list_datasets
+from synthrep_shared.storage import DatasetPaths, list_datasets, prepare_root
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ def main() -> int:
     """Run until SIGTERM or SIGINT."""
     settings = GeneratorSettings()
     configure_logging("generator-reconciler", settings.log_level)
+    prepare_root(settings.root)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

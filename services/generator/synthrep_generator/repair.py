@@ -6,7 +6,7 @@ import logging
 
 from pydantic import BaseModel
 
-from synthrep_generator.janitor import find_leftovers, list_files
+from synthrep_generator.janitor import find_leftovers, list_stored
 from synthrep_shared.commit_log import CommitLog, LogReader
 from synthrep_shared.errors import StorageError
 from synthrep_shared.storage import DatasetPaths
@@ -27,19 +27,21 @@ class Repairs(BaseModel):
 def repair_dataset(paths: DatasetPaths, *, now_s: float, min_age_s: float) -> Repairs:
     """Remove orphans and temporary files older than `min_age_s`, and cut a torn last line.
 
-    Writers wait meanwhile. Raises StorageError if there is no such data set, and CommitLogError,
-    with nothing removed, if the log does not say what is committed.
+    Writers of a local root wait meanwhile. Raises StorageError if there is no such data set, and
+    CommitLogError, with nothing removed, if the log does not say what is committed.
     """
     if not paths.folder.is_dir():
         raise StorageError(f"no data set {paths.dataset!r} under {paths.root}")
     log, reader, committed = CommitLog(paths.log), LogReader(paths.log), set[str]()
     log.refresh()
     with log.exclusive() as cut_bytes:
+        files = list_stored(paths)
         while records := reader.poll():
             committed.update(record.name for record in records)
-        leftovers = find_leftovers(list_files(paths), committed, written_before_s=now_s - min_age_s)
+        before_s = now_s - min_age_s
+        leftovers = find_leftovers(files, committed, reader, written_before_s=before_s)
         for file in leftovers:
             file.unlink(missing_ok=True)
             logger.info("leftover removed", extra={"dataset": paths.dataset, "file": file.name})
-    removed = sorted(str(file.relative_to(paths.folder)) for file in leftovers)
+    removed = sorted(map(paths.relative_name, leftovers))
     return Repairs(dataset=paths.dataset, removed=removed, cut_bytes=cut_bytes)

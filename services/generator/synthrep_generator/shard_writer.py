@@ -19,7 +19,7 @@ from PIL import Image
 
 from synthrep_generator.synthesis import Pixels
 from synthrep_shared.failpoints import failpoint
-from synthrep_shared.storage import adopt_file, publish_file, temporary_path
+from synthrep_shared.storage import Location, adopt_file, publish_file, temporary_path
 
 Member = tuple[str, bytes]  # name, content
 _BLOCK = 512
@@ -122,7 +122,7 @@ def tar_member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
     return header, content, _PADDING[: -len(content) % _BLOCK]
 
 
-def publish_shard(written: WrittenShard, folder: Path, seq: int) -> str:
+def publish_shard(written: WrittenShard, folder: Location, seq: int) -> str:
     """Name the shard for its sequence number; returns the name. Call under the log's lock.
 
     A shard of that name is an orphan of a writer that died before its log line, and the name says

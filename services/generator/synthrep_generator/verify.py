@@ -12,7 +12,6 @@ import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -21,7 +20,7 @@ from synthrep_generator.dataset_files import DatasetFiles
 from synthrep_generator.errors import IntakeError
 from synthrep_generator.failure_writer import Failure
 from synthrep_generator.intake import BatchHeader, IntakeReader, list_batches
-from synthrep_generator.janitor import digest_in_name, find_leftovers, list_files
+from synthrep_generator.janitor import digest_in_name, find_leftovers, list_stored
 from synthrep_shared.commit_log import CommitRecord, GroupRef, LogReader, Outcomes
 from synthrep_shared.errors import CommitLogError, StorageError
 from synthrep_shared.samples import (
@@ -31,7 +30,7 @@ from synthrep_shared.samples import (
     member_name,
     parse_member_name,
 )
-from synthrep_shared.storage import DatasetPaths, sha256_file
+from synthrep_shared.storage import DatasetPaths, Location, sha256_file
 
 _FAILURES = TypeAdapter(list[Failure])
 _BLOCK_PROMPTS = 4096
@@ -93,10 +92,12 @@ def verify_dataset(
     if not paths.folder.is_dir():
         raise StorageError(f"no data set {paths.dataset!r} under {paths.root}")
     audit = _Audit(paths, judge)
-    files = list_files(paths)  # before the log: a file in it that is being committed is no orphan
+    files = list_stored(paths)  # before the log: a file in it that is being committed is no orphan
     audit.read_log()
     audit.read_intake()
-    audit.look_for_leftovers(find_leftovers(files, audit.names, written_before_s=now_s - min_age_s))
+    before_s = now_s - min_age_s
+    leftovers = find_leftovers(files, audit.names, audit.log, written_before_s=before_s)
+    audit.look_for_leftovers(leftovers)
     return audit.report
 
 
@@ -116,21 +117,20 @@ class _Audit:
         self._paths, self._judge = paths, judge
         self._files = DatasetFiles(paths)
         self._outcomes = Outcomes()
+        self.log = LogReader(paths.log)
         self.names: set[str] = set()
         self.report = DatasetReport(dataset=paths.dataset)
 
     def read_log(self) -> None:
         """Check every record, up to the first that cannot be read."""
-        reader = LogReader(self._paths.log)
         try:
-            while records := reader.poll():
+            while records := self.log.poll():
                 for record in records:
                     self._take(record)
         except CommitLogError as error:
             self._note("log", self._paths.log, str(error))
         else:
-            with suppress(FileNotFoundError):
-                self.report.torn_bytes = self._paths.log.stat().st_size - reader.offset
+            self.report.torn_bytes = self.log.torn_bytes
 
     def read_intake(self) -> None:
         """Count what was accepted, and what became of it."""
@@ -148,18 +148,17 @@ class _Audit:
                 self._note("intake", self._paths.intake / f"{batch}.jsonl", detail)
             self._count(batch, wanted)
 
-    def look_for_leftovers(self, leftovers: Sequence[Path]) -> None:
+    def look_for_leftovers(self, leftovers: Sequence[Location]) -> None:
         """Report leftovers; one whose name promises other content shows that publishing tears."""
-        for file in sorted(leftovers):
-            self.report.leftovers.append(str(file.relative_to(self._paths.folder)))
+        for file in sorted(leftovers, key=str):
+            self.report.leftovers.append(self._paths.relative_name(file))
             promised = digest_in_name(file)
             with suppress(FileNotFoundError):
                 if promised and not sha256_file(file).startswith(promised):
                     self._note("torn", file, "not what its name promises, and of no record")
 
-    def _note(self, kind: str, file: Path, detail: str) -> None:
-        name = str(file.relative_to(self._paths.folder))
-        entry = {"kind": kind, "file": name, "detail": detail}
+    def _note(self, kind: str, file: Location, detail: str) -> None:
+        entry = {"kind": kind, "file": self._paths.relative_name(file), "detail": detail}
         self.report.damage.append(Damage.model_validate(entry))
 
     def _count(self, batch: str, num_prompts: int) -> None:
@@ -199,9 +198,9 @@ class _Audit:
 
     def _check(
         self,
-        file: Path,
+        file: Location,
         record: CommitRecord,
-        check: Callable[[Path, bytes, list[_Group]], None],
+        check: Callable[[Location, bytes, list[_Group]], None],
     ) -> None:
         groups = self._groups(record)
         try:
@@ -235,7 +234,7 @@ class _Audit:
             groups.append(_Group(ref, header, prompt))
         return groups
 
-    def _check_failures(self, file: Path, data: bytes, groups: list[_Group]) -> None:
+    def _check_failures(self, file: Location, data: bytes, groups: list[_Group]) -> None:
         try:
             found = [(f.gid, f.batch, f.index, f.prompt) for f in _FAILURES.validate_json(data)]
         except ValidationError:
@@ -244,7 +243,7 @@ class _Audit:
         if found != [(g.ref.gid, g.ref.batch, g.ref.index, g.prompt) for g in groups]:
             self._note("wrong", file, "other prompts than its record says")
 
-    def _check_samples(self, file: Path, data: bytes, groups: list[_Group]) -> None:
+    def _check_samples(self, file: Location, data: bytes, groups: list[_Group]) -> None:
         """Two members an image, image and description, in the order of the groups."""
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:

@@ -36,6 +36,7 @@ from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Crashed, Outcome, Supervisor, Wish
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.logs import configure_logging
+from synthrep_shared.storage import free_bytes, prepare_root
 
 logger = logging.getLogger(__name__)
 
@@ -268,11 +269,10 @@ class ChunkWorker(Worker):
         self._reported, self._report_at = state, time.monotonic() + self._settings.lease_s / 3
 
     def _is_disk_full(self) -> bool:
-        root = self._settings.root
-        if not root.is_dir():
+        try:
+            return free_bytes(self._settings.root) < self._settings.reserve_bytes
+        except FileNotFoundError:  # nothing was accepted yet
             return False
-        state = os.statvfs(root)
-        return state.f_bavail * state.f_frsize < self._settings.reserve_bytes
 
 
 def main() -> int:
@@ -280,6 +280,7 @@ def main() -> int:
     settings = GeneratorSettings()
     configure_logging("generator-worker", settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
+    prepare_root(settings.root)
     worker = ChunkWorker(settings, WorkQueue(settings), Supervisor(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.ask_to_stop)

@@ -1,0 +1,87 @@
+"""Sealed shards as local files: those of a local root as they are, those of a store as copies.
+
+Copies lie in the spool of the root, shared by the processes of a machine, and are checked against
+the commit log before they get their name. The ones used longest ago make room for new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from synthrep_shared.errors import StorageError
+from synthrep_shared.storage import (
+    DatasetPaths,
+    Location,
+    StoredFile,
+    list_files,
+    spool_folder,
+    temporary_path,
+)
+
+COPY_BYTES = 16 << 30
+"""Room for the copies of a root, unless a setting says otherwise."""
+_READ_BYTES = 1 << 20
+_IN_USE_S = 60.0  # a copy handed out so recently may not be open yet
+_ABANDONED_S = 3600.0
+
+
+class ShardCopies:
+    """The shards of one data set; safe for several threads and processes."""
+
+    def __init__(self, paths: DatasetPaths, *, max_bytes: int) -> None:
+        """`max_bytes` is the disk space that the copies of the whole root may take."""
+        self._paths, self._max_bytes = paths, max_bytes
+
+    def path(self, name: str, *, sha256: str, num_bytes: int) -> Path:
+        """The file of the shard that a record names; blocks while it is copied.
+
+        Raises FileNotFoundError if a store has no such shard, StorageError if it is not what the
+        record says, and other OSErrors. A file of a local root is not looked at.
+        """
+        shard: Location = self._paths.shards / name
+        if isinstance(shard, Path):
+            return shard
+        folder = spool_folder(self._paths.root) / "copies"
+        copy = folder / f"{self._paths.dataset}.{name}"
+        with suppress(FileNotFoundError):
+            os.utime(copy)
+            return copy
+        folder.mkdir(exist_ok=True)
+        self._make_room(folder, num_bytes)
+        written = temporary_path(folder, copy.name)
+        try:
+            if _copy(shard, written) != (num_bytes, sha256):
+                raise StorageError(f"{shard} is not what its record says")
+            written.replace(copy)
+        finally:
+            written.unlink(missing_ok=True)
+        return copy
+
+    def _make_room(self, folder: Path, num_bytes: int) -> None:
+        now = time.time()
+        sizes: dict[StoredFile, int] = {}
+        for file in list_files(folder):
+            with suppress(FileNotFoundError):
+                sizes[file] = file.path.stat().st_size
+        excess = sum(sizes.values()) + num_bytes - self._max_bytes
+        for file in sorted(sizes, key=lambda file: file.modified_s):
+            age_s = now - file.modified_s
+            is_abandoned = file.path.name.endswith(".part") and age_s > _ABANDONED_S
+            if is_abandoned or (excess > 0 and age_s > _IN_USE_S):
+                file.path.unlink(missing_ok=True)
+                excess -= sizes[file]
+
+
+def _copy(shard: Location, written: Path) -> tuple[int, str]:
+    """Copy a shard to a new local file; returns its size in bytes and its sha256."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with shard.open("rb") as source, written.open("xb") as target:
+        while piece := source.read(_READ_BYTES):
+            target.write(piece)
+            digest.update(piece)
+            num_bytes += len(piece)
+    return num_bytes, digest.hexdigest()
