@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 import synthrep_generator.api
-import synthrep_shared.client
+import synthrep_shared.client_calls
 import synthrep_trainer.api
 from synthrep_generator.queues import QueueView, WorkerView
 from synthrep_generator.settings import GeneratorSettings
@@ -113,7 +113,7 @@ def synthrep(transport: InProcess) -> Iterator[SynthRep]:
 @pytest.fixture(params=[1, 100])
 def page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Items that the client asks for at a time, so that cursors go to and fro as well."""
-    monkeypatch.setattr(synthrep_shared.client, "_PAGE", request.param)
+    monkeypatch.setattr(synthrep_shared.client_calls.Calls, "page_items", request.param)
     return int(request.param)
 
 

@@ -3,6 +3,7 @@ import pytest
 
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import ServiceError, ServiceUnavailableError
+from synthrep_shared.messages import ProbeRequest, RunRequest
 
 
 def client(handler, **kwargs):
@@ -23,6 +24,29 @@ def test_submission_is_repeated_under_one_idempotency_key():
         assert synthrep.submit("d", ["a dog"]).id == "1"
     assert len(keys) == 3
     assert len(set(keys)) == 1
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda synthrep: synthrep.train(RunRequest(dataset="d", max_steps=1)),
+        lambda synthrep: synthrep.start_probe(ProbeRequest(run_id="r", dataset="digits")),
+    ],
+)
+def test_a_run_or_probe_is_started_under_one_idempotency_key(start):
+    keys = []
+
+    def handler(request):
+        keys.append(request.headers["idempotency-key"])
+        if len(keys) % 2:
+            return httpx.Response(429, headers={"retry-after": "0"})
+        return httpx.Response(409, json={"title": "Conflict", "status": 409})
+
+    with client(handler) as synthrep:
+        for _ in range(2):
+            with pytest.raises(ServiceError):
+                start(synthrep)
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_problem_details_become_one_sentence():
