@@ -6,6 +6,7 @@ it reads. Nothing here imports torch.
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -125,8 +126,12 @@ def main() -> None:
     settings = GeneratorSettings()
     configure_logging("generator-api", settings.log_level)
     logger.info("settings were read", extra={"settings": settings.model_dump(mode="json")})
+    app = create_app(settings)
+    # What lives as long as the process is not looked at again: a full collection took 60 ms.
+    gc.collect()
+    gc.freeze()
     uvicorn.run(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         server_header=False,

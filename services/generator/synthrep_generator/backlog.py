@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _PATIENCE_S = 0.05  # what an answer from files waits for numbers, where the last ones are too old
 _LONG_PATIENCE_S = 1.0  # what an answer about Redis itself waits
 _MAX_AGE_S = 5.0
+_IDLE_S = 5.0  # after which the thread ends that asks
 _MAX_REFRESHES_BEHIND = 4  # numbers so old do beside an answer from files; new ones are on the way
 
 
@@ -84,8 +86,9 @@ class LiveWork:
         self._backlog = backlog
         self._refresh_s = refresh_s
         self._fresh_s = _MAX_REFRESHES_BEHIND * refresh_s
-        self._lock = threading.Lock()
-        self._refresher: threading.Thread | None = None
+        self._changed = threading.Condition()
+        self._asks: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_asking = self._has_thread = False
         self._snapshot: Snapshot | None = None
         self._due_at = 0.0
         self._is_up = True
@@ -118,13 +121,11 @@ class LiveWork:
 
     def _latest(self, patience_s: float, fresh_s: float) -> Snapshot | None:
         """The last snapshot; waits for one that is due if the last is older than `fresh_s`."""
-        with self._lock:
-            if self._refresher is None and time.monotonic() >= self._due_at:
-                self._refresher = threading.Thread(target=self._refresh, daemon=True)
-                self._refresher.start()
-            refresher = self._refresher
-        if refresher is not None and self._age_s() > fresh_s:
-            refresher.join(patience_s)
+        with self._changed:
+            if not self._is_asking and time.monotonic() >= self._due_at:
+                self._ask()
+            if self._age_s() > fresh_s:
+                self._changed.wait_for(lambda: not self._is_asking, patience_s)
         return self._snapshot if self._age_s() <= _MAX_AGE_S else None
 
     def _age_s(self) -> float:
@@ -138,6 +139,27 @@ class LiveWork:
             logger.warning("redis was lost", extra={"error": str(error)})
         elif error is None and not was_up:
             logger.info("redis came back")
+
+    def _ask(self) -> None:
+        """Have a snapshot made, by a thread that is there already: a start waits for its turn."""
+        self._is_asking = True
+        self._asks.put(None)
+        if not self._has_thread:
+            self._has_thread = True
+            threading.Thread(target=self._serve, name="live-work", daemon=True).start()
+
+    def _serve(self) -> None:
+        """Make snapshots when asked, until nobody asks for a while."""
+        while True:
+            try:
+                self._asks.get(timeout=_IDLE_S)
+            except queue.Empty:
+                with self._changed:
+                    if self._asks.empty():
+                        self._has_thread = False
+                        return
+            else:
+                self._refresh()
 
     def _refresh(self) -> None:
         snapshot = None
@@ -153,7 +175,7 @@ class LiveWork:
         else:
             self._note(None)
         finally:
-            with self._lock:
-                self._snapshot = snapshot
+            with self._changed:
+                self._snapshot, self._is_asking = snapshot, False
                 self._due_at = time.monotonic() + self._refresh_s
-                self._refresher = None
+                self._changed.notify_all()
