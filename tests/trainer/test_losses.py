@@ -1,13 +1,16 @@
 """Losses against a float64 reference that holds the whole matrix of pairs."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synthrep_trainer import losses
+from synthrep_trainer import log_sum_exp
 from synthrep_trainer.losses import clip_loss, multi_positive_contrastive_loss
 
 GROUPS = {
@@ -73,7 +76,7 @@ def test_lowest_temperatures_equal_the_reference(name):
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.005])
 @pytest.mark.parametrize("num_rows", [511, 513, 1031])
-def test_many_rows_across_strips_equal_the_reference(num_rows, temperature):
+def test_many_rows_across_tiles_equal_the_reference(num_rows, temperature):
     generator = torch.Generator().manual_seed(num_rows)
     caption_ids = torch.randint(0, num_rows // 4, (num_rows,), generator=generator)
     assert_matches(draw(num_rows, dim=33, spread=2.0), caption_ids, temperature)
@@ -91,11 +94,34 @@ def test_opposite_embeddings_stay_finite_at_low_temperature(temperature):
     assert_matches(embeddings, torch.tensor([0, 0, 1, 1]), temperature)
 
 
-@pytest.mark.parametrize("strip_rows", [1, 3, 64])
+@pytest.mark.parametrize("tile_rows", [1, 3, 64])
 @pytest.mark.parametrize("temperature", [0.1, 0.005])
-def test_result_does_not_depend_on_the_strip_height(monkeypatch, strip_rows, temperature):
-    monkeypatch.setattr(losses, "STRIP_ROWS", strip_rows)
+def test_result_does_not_depend_on_the_tile(monkeypatch, tile_rows, temperature):
+    monkeypatch.setattr(log_sum_exp, "TILE_ROWS", tile_rows)
     assert_matches(draw(10), torch.tensor(GROUPS["repeated captions"]), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_the_reference_is_met_without_onednn_too(monkeypatch, temperature):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    embeddings, caption_ids = draw(700, dim=40, spread=2.0), torch.arange(700) % 99
+    assert_matches(embeddings, caption_ids, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_a_second_backward_gives_the_same_gradient(temperature):
+    leaf = draw(20).requires_grad_()
+    loss = multi_positive_contrastive_loss(leaf, torch.arange(20) % 7, temperature)
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(loss, leaf)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_a_gradient_of_the_gradient_is_refused(temperature):
+    leaf = draw(20).requires_grad_()
+    loss = multi_positive_contrastive_loss(leaf, torch.arange(20) % 7, temperature)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 def test_equal_captions_attract_wherever_they_stand():
@@ -183,8 +209,8 @@ def test_non_finite_embeddings_show_in_the_loss():
 
 
 def test_no_square_matrix_is_held(monkeypatch):
-    """The largest tensor of a step is a strip, never rows x rows."""
-    monkeypatch.setattr(losses, "STRIP_ROWS", 8)
+    """The largest tensor of a step is a tile, never rows x rows."""
+    monkeypatch.setattr(log_sum_exp, "TILE_ROWS", 32)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -198,7 +224,33 @@ def test_no_square_matrix_is_held(monkeypatch):
     with Watch():
         value_and_gradient(draw(256, dim=4), torch.arange(256) % 64, 0.1)
         value_and_gradient(draw(256, dim=4), torch.arange(256) % 64, 0.005)
-    assert 8 * 256 <= largest < 256 * 256 / 8
+    assert largest == 32 * 32
+
+
+_PEAK_OF_A_STEP = """
+import torch
+from synthrep_trainer.losses import multi_positive_contrastive_loss
+
+def kilobytes(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(key))
+
+def step(rows):
+    caption_ids = torch.arange(len(rows)) // 8
+    multi_positive_contrastive_loss(rows.requires_grad_(), caption_ids).backward()
+
+step(torch.randn(64, 256))
+rows = torch.randn(16_384, 256)
+before = kilobytes("VmRSS")
+step(rows)
+assert kilobytes("VmHWM") - before < 1_000_000
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_sixteen_thousand_rows_need_less_than_a_gigabyte():
+    subprocess.run([sys.executable, "-c", _PEAK_OF_A_STEP], check=True)
 
 
 @pytest.mark.parametrize(
