@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 from synthrep_generator.chunks import Chunk, Place
 from synthrep_generator.dataset_files import OpenDatasets
-from synthrep_generator.errors import ModelFilesMissingError, UnknownModelError
 from synthrep_generator.jobs import (
     Bench,
     JobResult,
@@ -28,6 +27,7 @@ from synthrep_generator.jobs import (
     generate_shard,
     make_request,
 )
+from synthrep_generator.model_files import check_model_files, find_model
 from synthrep_generator.pipe import (
     Beat,
     Channel,
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _BEAT_S = 0.2
 _MAX_REASON_CHARACTERS = 300
+# Read when the libraries are imported; what a model needs is pulled before, never at run time.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
 _WARM_UP = ImageTask(prompt="a photograph", seed=0)
 
 
@@ -140,7 +142,7 @@ class DeviceProcess:
         alias = request.settings.model
         bench = Bench(
             synthesizer=self._load(alias, chunk_id),
-            model=self._settings.models[alias],
+            model=find_model(self._settings, alias),
             image_format=self._settings.image_format,
             quality=self._settings.jpeg_quality,
             watch=self._watch,
@@ -149,29 +151,29 @@ class DeviceProcess:
 
     def _load(self, alias: str, about: str) -> Synthesizer:
         if self._synthesizer is None or alias != self._alias:
-            if alias not in self._settings.models:
-                raise UnknownModelError(f"model {alias!r} is not configured on this worker")
+            model = find_model(self._settings, alias)
             self._synthesizer = None  # frees the device's memory first
-            synthesizer = make_synthesizer(self._settings, self._settings.models[alias])
-            warm_up(synthesizer, self._settings.models[alias])
+            synthesizer = make_synthesizer(self._settings, alias, model)
+            warm_up(synthesizer, model)
             self._alias, self._synthesizer = alias, synthesizer
             logger.info("model loaded", extra={"model": alias, "device": synthesizer.device})
         self._channel.send(Ready(chunk_id=about, device=self._synthesizer.device))
         return self._synthesizer
 
 
-def make_synthesizer(settings: GeneratorSettings, model: ModelConfig) -> Synthesizer:
+def make_synthesizer(settings: GeneratorSettings, alias: str, model: ModelConfig) -> Synthesizer:
     """The configured synthesizer, loaded; raises ModelFilesMissingError without the files."""
     if settings.synthesizer == "fake":
         fake = FakeSynthesizer(store_px=model.store_px, delay_s=settings.fake_delay_s)
         if model.device_batch_images != "auto":
             fake.batch_images = model.device_batch_images
         return fake
-    if not model.path.is_dir():
-        raise ModelFilesMissingError(f"no model folder {model.path}; pull the model first")
+    check_model_files(alias, model)
     from synthrep_generator.diffusion import load_synthesizer
 
-    return load_synthesizer(model, device=settings.device, threads=settings.threads)
+    return load_synthesizer(
+        model, device=settings.device, threads=settings.threads, batch_sizes=settings.batch_sizes
+    )
 
 
 def warm_up(synthesizer: Synthesizer, model: ModelConfig) -> None:
@@ -203,6 +205,7 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the worker says over the channel when to stop
+    os.environ |= _OFFLINE
     settings = GeneratorSettings()
     configure_logging("generator-worker", settings.log_level)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))

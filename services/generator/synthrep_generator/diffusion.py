@@ -1,81 +1,78 @@
-"""DiffusersSynthesizer: a Stable Diffusion pipeline folder on a device; sole importer of diffusers.
+"""DiffusersSynthesizer: a text-to-image pipeline on a device, kept full.
 
 Batches hold images of several prompts. A caption is encoded once, not once per image; noise comes
 from one seeded generator per image, on the CPU, so that pixels depend on their batch mates by
-rounding only. Nothing is fetched and no code is taken from the model's folder.
+rounding only. While one batch is denoised the last one is decoded beside it, where the device can.
 """
 
 from __future__ import annotations
 
-import json
-from collections import OrderedDict
+import contextlib
+import functools
+import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-)
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from synthrep_generator.errors import ModelFilesMissingError, PermanentPromptError
+from synthrep_generator.batch_size import BatchSizes, search_batch_size
+from synthrep_generator.decoding import Decoder, Decoding, pixels_from_decoded
+from synthrep_generator.errors import PermanentPromptError
+from synthrep_generator.model_files import read_manifest
+from synthrep_generator.pipelines.caption_cache import CaptionCache
+from synthrep_generator.pipelines.family import Family, Text
+from synthrep_generator.pipelines.loading import load_family
 from synthrep_generator.settings import ModelConfig
-from synthrep_generator.synthesis import CaptionFit, ImageTask, Pixels, Recipe
+from synthrep_generator.synthesis import CaptionFit, ImageTask, Pixels, Recipe, refuse_long
 
-_SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
+__all__ = ["DiffusersSynthesizer", "load_synthesizer", "pixels_from_decoded"]
+
+logger = logging.getLogger(__name__)
+
+_CAPTION_BYTES = 256 << 20  # of embeddings kept on the device
+_MAX_FITS = 4096
+_TIMED_STEPS = 3
+_BACKENDS = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-_TRUSTED_LIBRARIES = {"diffusers", "transformers", None}  # None: the part is absent
-_UNUSED_PARTS = ("safety_checker", "feature_extractor")
-_MAX_CACHED_CAPTIONS = 1024
-_DECODE_PIXELS = 8 * 512 * 512  # per call of the decoder, whose activations are large
 
 
-def load_synthesizer(model: ModelConfig, *, device: str, threads: int = 0) -> DiffusersSynthesizer:
+def load_synthesizer(
+    model: ModelConfig, *, device: str, threads: int = 0, batch_sizes: Path | None = None
+) -> DiffusersSynthesizer:
     """The model on `device` (`auto` takes CUDA where there is one), `threads` on the CPU (0: all).
 
-    Raises ModelFilesMissingError if its folder is not a StableDiffusionPipeline of safetensors.
+    A batch size that is searched is remembered in the file `batch_sizes`. Raises
+    ModelFilesMissingError and ModelConfigError as `pipelines.loading.load_family` does.
     """
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(name)
     if threads:
         torch.set_num_threads(threads)
-    _quieten()
-    unused: dict[str, Any] = dict.fromkeys(_read_parts(model.path))
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            model.path,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=_dtype(chosen),
-            **unused,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelFilesMissingError(f"cannot load {model.path}: {error}") from error
-    return DiffusersSynthesizer(pipeline.to(chosen), model)
+    family = load_family(model, torch.device(name))
+    return DiffusersSynthesizer(family, model, BatchSizes(batch_sizes))
 
 
 class DiffusersSynthesizer:
     """See synthesis.Synthesizer."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, model: ModelConfig) -> None:
-        self._pipeline, self._model = pipeline, model
-        self._device: torch.device = pipeline.device
-        # Decoding in half precision shows as bands; it is a small part of the work.
-        pipeline.vae.to(dtype=torch.float32).eval()
-        pipeline.set_progress_bar_config(disable=True)
-        self._scheduler_config = pipeline.scheduler.config
-        self._captions: OrderedDict[str, Tensor] = OrderedDict()
-        self._max_batch = 40 if model.device_batch_images == "auto" else model.device_batch_images
+    def __init__(self, family: Family, model: ModelConfig, sizes: BatchSizes) -> None:
+        self._family, self._pipeline, self._model = family, family.pipeline, model
+        self._device: torch.device = family.pipeline.device
+        manifest = read_manifest(model.path)
+        self._revision = model.revision if manifest is None else manifest.revision
+        self._captions = CaptionCache(family, max_bytes=_CAPTION_BYTES)
+        self._decoder = Decoder(family, model)
+        self._tokenizing = threading.Lock()  # tokenizers are for one thread at a time
+        self._fit = functools.lru_cache(_MAX_FITS)(family.fit)
+        self._sizes = sizes
+        self._max_batch = self._first_batch_size()
 
     @property
     def device(self) -> str:
@@ -87,12 +84,12 @@ class DiffusersSynthesizer:
     @property
     def revision(self) -> str:
         """See synthesis.Synthesizer."""
-        return self._model.revision
+        return self._revision
 
     @property
     def dtype(self) -> str:
         """See synthesis.Synthesizer."""
-        return str(self._pipeline.unet.dtype).removeprefix("torch.")
+        return str(self._family.denoiser.dtype).removeprefix("torch.")
 
     @property
     def batch_images(self) -> int:
@@ -101,8 +98,8 @@ class DiffusersSynthesizer:
 
     def caption_fit(self, prompt: str) -> CaptionFit:
         """See synthesis.Synthesizer."""
-        tokenizer = self._pipeline.tokenizer
-        return CaptionFit(len(tokenizer(prompt).input_ids), tokenizer.model_max_length)
+        with self._tokenizing:
+            return self._fit(prompt)
 
     @torch.inference_mode()
     def generate(
@@ -112,124 +109,108 @@ class DiffusersSynthesizer:
 
         Raises torch.OutOfMemoryError if not even one image fits.
         """
-        self._use_scheduler(recipe.scheduler)
+        if reason := self._family.refusal(recipe):
+            return [PermanentPromptError(reason) for _ in tasks]
+        refusals = [refuse_long(self.caption_fit(task.prompt), recipe) for task in tasks]
+        wanted = [task for task, no in zip(tasks, refusals, strict=True) if no is None]
+        made = iter(self._make(wanted, recipe, on_step))
+        return [next(made) if no is None else no for no in refusals]
+
+    def _make(
+        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
+    ) -> list[Pixels | PermanentPromptError]:
         results: list[Pixels | PermanentPromptError] = []
-        while len(results) < len(tasks):
-            part = tasks[len(results) : len(results) + self._max_batch]
+        decoding: Decoding | None = None
+        done = 0
+        while done < len(tasks):
+            part = tasks[done : done + self._max_batch]
+            started: Decoding | None = None
             try:
-                results += self._decode(self._denoise(part, recipe, on_step), on_step)
+                started = self._decoder.start(self._denoise(part, recipe, on_step), on_step)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
-                self._max_batch = len(part) // 2
-            # Outside of the handler, whose traceback holds the tensors of the failed attempt.
-            if len(part) > self._max_batch:
-                torch.cuda.empty_cache()
-        return results
-
-    def _use_scheduler(self, name: str) -> None:
-        # Afresh each time: a run that was stopped half way leaves state behind.
-        self._pipeline.scheduler = _SCHEDULERS[name].from_config(self._scheduler_config)
+            if started is None:
+                # Outside of the handler, whose traceback holds the tensors of the failed attempt.
+                self._back_off(len(part) // 2)
+                continue
+            if decoding is not None:
+                results += decoding.results()
+            decoding = started
+            done += len(part)
+        return results if decoding is None else results + decoding.results()
 
     def _denoise(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
     ) -> Tensor:
-        """Latents (B, C, h, w) of the tasks."""
+        """Latents of the tasks, as the pipeline gives them."""
+        texts = [Text(task.prompt) for task in tasks]
+        if needs_negative := self._family.needs_negative(recipe):
+            texts.append(Text(recipe.negative_prompt, is_negative=True))
+        with self._tokenizing:
+            captions = self._captions.encode(texts)
+        negative = captions.pop() if needs_negative else None
+        generators = [torch.Generator().manual_seed(task.seed) for task in tasks]
+        shape = self._family.noise_shape(self._model.generate_px)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        with self._attention():
+            return self._family.denoise(
+                captions,
+                negative,
+                noise.to(self._device, self._family.noise_dtype),
+                generators,
+                recipe,
+                side_px=self._model.generate_px,
+                options=self._model.scheduler_options,
+                on_step=on_step,
+            )
 
-        def report(*_: Any) -> dict[str, Any]:
-            on_step()
-            return {}
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        if self._model.attention == "sdpa":
+            return contextlib.nullcontext()
+        return sdpa_kernel(_BACKENDS[self._model.attention])
 
-        side_px = self._model.generate_px
-        prompts = [task.prompt for task in tasks]
-        captions = self._encode([*prompts, recipe.negative_prompt])
-        latents: Tensor
-        latents, _ = self._pipeline(
-            prompt_embeds=torch.stack(captions[:-1]),
-            negative_prompt_embeds=captions[-1].expand(len(tasks), -1, -1),
-            latents=self._noise([task.seed for task in tasks]),
-            guidance_scale=recipe.guidance_scale,
-            num_inference_steps=recipe.num_inference_steps,
-            height=side_px,
-            width=side_px,
-            output_type="latent",
-            callback_on_step_end=report,
-            callback_on_step_end_tensor_inputs=[],
-            return_dict=False,
-        )
-        return latents
-
-    def _encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Embeddings (tokens, width) of the texts; those seen lately are not encoded again."""
-        unseen = [text for text in dict.fromkeys(texts) if text not in self._captions]
-        if unseen:
-            embeddings, _ = self._pipeline.encode_prompt(unseen, self._device, 1, False)
-            self._captions.update(zip(unseen, embeddings, strict=True))
-        for text in texts:
-            self._captions.move_to_end(text)
-        found = [self._captions[text] for text in texts]
-        while len(self._captions) > _MAX_CACHED_CAPTIONS:
-            self._captions.popitem(last=False)
+    def _first_batch_size(self) -> int:
+        if self._model.device_batch_images != "auto":
+            return self._model.device_batch_images
+        found = self._sizes.get(self._size_key)
+        if found is None:
+            found = search_batch_size(self._seconds_of)
+            self._sizes.put(self._size_key, found)
+            logger.info("batch size found", extra={"images": found, "device": self.device})
         return found
 
-    def _noise(self, seeds: Sequence[int]) -> Tensor:
-        side = self._model.generate_px // self._pipeline.vae_scale_factor
-        shape = (self._pipeline.unet.config.in_channels, side, side)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(noise).to(self._device, self._pipeline.unet.dtype)
+    def _back_off(self, images: int) -> None:
+        torch.cuda.empty_cache()
+        self._max_batch = images
+        if self._model.device_batch_images == "auto":
+            self._sizes.put(self._size_key, images)
+        logger.warning("out of device memory", extra={"batch_images": images})
 
-    def _decode(
-        self, latents: Tensor, on_step: Callable[[], None]
-    ) -> list[Pixels | PermanentPromptError]:
-        vae = self._pipeline.vae
-        at_once = max(1, _DECODE_PIXELS // self._model.generate_px**2)
-        results: list[Pixels | PermanentPromptError] = []
-        for part in latents.split(at_once):
-            decoded = vae.decode(part.float() / vae.config.scaling_factor, return_dict=False)[0]
-            finite = decoded.isfinite().flatten(1).all(1).tolist()
-            pixels = pixels_from_decoded(decoded, self._model.store_px).cpu().numpy()
-            for is_finite, image in zip(finite, pixels, strict=True):
-                error = PermanentPromptError("the model made pixels that are no numbers")
-                results.append(image if is_finite else error)
-            on_step()
-        return results
+    @property
+    def _size_key(self) -> str:
+        model = self._model
+        name = self._device.type
+        if name == "cuda":
+            name = torch.cuda.get_device_name(self._device)
+        marks = [model.path.name, self._revision, name, f"{model.generate_px}px", self.dtype]
+        marks += [model.attention, "compiled"] if model.compile else [model.attention]
+        return " ".join(marks)
 
+    @torch.inference_mode()
+    def _seconds_of(self, images: int) -> float:
+        """Time of a batch by the model's defaults, from that of its first steps."""
+        model = self._model
+        steps = min(model.num_inference_steps, _TIMED_STEPS)
+        recipe = Recipe(model.guidance_scale, steps, model.scheduler, "")
+        tasks = [ImageTask("a photograph", seed) for seed in range(images)]
+        began = self._now()
+        latents = self._denoise(tasks, recipe, lambda: None)
+        denoised = self._now()
+        self._decoder.start(latents, lambda: None).results()
+        return (denoised - began) * model.num_inference_steps / steps + self._now() - denoised
 
-def pixels_from_decoded(decoded: Tensor, side_px: int) -> Tensor:
-    """Bytes (B, side, side, 3) of images (B, 3, h, w) in -1..1, resized with antialiasing."""
-    images = decoded.nan_to_num() / 2 + 0.5
-    if images.shape[-1] != side_px:
-        size = (side_px, side_px)
-        images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _read_parts(folder: Path) -> list[str]:
-    """The parts of the pipeline to leave out; checks that the others are of trusted classes."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelFilesMissingError(f"no readable model_index.json in {folder}") from error
-    if index.get("_class_name") != StableDiffusionPipeline.__name__:
-        raise ModelFilesMissingError(
-            f"{folder} holds a {index.get('_class_name')}; expected a StableDiffusionPipeline"
-        )
-    parts = {name: value for name, value in index.items() if isinstance(value, list)}
-    for name, (library, _) in parts.items():
-        if library not in _TRUSTED_LIBRARIES and name not in _UNUSED_PARTS:
-            raise ModelFilesMissingError(f"{folder}: part {name} comes from {library!r}")
-    return [name for name in _UNUSED_PARTS if name in parts]
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _quieten() -> None:
-    """Prompts do not belong in logs, nor progress bars."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -32,6 +32,7 @@ class CatalogueEntry:
     loras: tuple[HubFile, ...] = ()
 
 
+LORA_FOLDER = "loras"  # in a model's folder
 _RAIL = "CreativeML Open RAIL-M: use-based restrictions"
 _RAIL_PLUS_PLUS = "CreativeML Open RAIL++-M: use-based restrictions"
 _SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"

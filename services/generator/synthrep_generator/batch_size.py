@@ -1,0 +1,88 @@
+"""The best number of images in one pass through a device: searched once, then remembered on disk.
+
+Images a second grow with the batch until the device is full, then hardly; memory ends it sooner.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_GAIN = 1.05  # a doubling that makes less of it does not pay for slower answers to a stop
+_MOST_IMAGES = 256
+_PATIENCE_S = 90.0
+
+
+def search_batch_size(
+    seconds_of: Callable[[int], float],
+    *,
+    most: int = _MOST_IMAGES,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """The size past which doubling gains little, `seconds_of` a batch being given.
+
+    Ends early where the device has no memory for more or the search takes too long. Raises
+    torch.OutOfMemoryError if not even one image fits.
+    """
+    began = clock()
+    seconds_of(1)  # first kernels, buffers and embeddings
+    best, rate = 1, 1 / seconds_of(1)
+    while 2 * best <= most and (tried_s := clock() - began) < _PATIENCE_S:
+        try:
+            seconds = seconds_of(2 * best)
+        except torch.OutOfMemoryError:
+            break
+        is_slow = clock() - began - tried_s > _PATIENCE_S / 3
+        if 2 * best / seconds < _GAIN * rate:
+            break
+        best, rate = 2 * best, 2 * best / seconds
+        if is_slow:
+            break
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return best
+
+
+class BatchSizes:
+    """Sizes by key in a JSON file; without a file, or with a broken one, nothing is remembered."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = None if file is None else file.expanduser()
+
+    def get(self, key: str) -> int | None:
+        """The remembered size."""
+        return self._read().get(key)
+
+    def put(self, key: str, images: int) -> None:
+        """Remember a size; a file that cannot be written is worth a warning, no more."""
+        if self._file is None:
+            return
+        sizes = self._read() | {key: images}
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            number, name = tempfile.mkstemp(dir=self._file.parent)
+            with os.fdopen(number, "w") as stream:
+                json.dump(sizes, stream, indent=1, sort_keys=True)
+            Path(name).replace(self._file)
+        except OSError as error:
+            logger.warning("batch size not remembered", extra={"error": str(error)})
+
+    def _read(self) -> dict[str, int]:
+        if self._file is None:
+            return {}
+        try:
+            sizes = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(sizes, dict):
+            return {}
+        return {k: v for k, v in sizes.items() if isinstance(v, int) and v > 0}

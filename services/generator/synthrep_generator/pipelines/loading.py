@@ -1,0 +1,146 @@
+"""From a folder to a Family on a device: trusted classes, safetensors and local files only.
+
+Nothing is fetched and no code is taken from the model's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from synthrep_generator.errors import ModelConfigError, ModelFilesMissingError
+from synthrep_generator.pipelines.family import Family
+from synthrep_generator.pipelines.flow_matching import Flux, StableDiffusion3
+from synthrep_generator.pipelines.language_models import PixArt, PixArtSigma, Sana
+from synthrep_generator.pipelines.samplers import check_options
+from synthrep_generator.pipelines.stable_diffusion import (
+    LatentConsistency,
+    StableDiffusion,
+    StableDiffusionXL,
+)
+from synthrep_generator.settings import ModelConfig
+from synthrep_generator.synthesis import Recipe
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "LatentConsistencyModelPipeline": LatentConsistency,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArtSigma,
+    "SanaPipeline": Sana,
+}
+_TRUSTED_LIBRARIES = {"diffusers", "transformers", None}  # None: the part is absent
+_UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_family(model: ModelConfig, device: torch.device) -> Family:
+    """The model of a folder on the device, made up as configured.
+
+    Raises ModelFilesMissingError if the folder holds no pipeline of a known kind and of
+    safetensors, ModelConfigError if what is configured does not fit it.
+    """
+    _quieten()
+    family, unused = _read_index(model)
+    pipeline_class = getattr(diffusers, family)
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            model.path,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=model.variant,
+            # Decoding in half precision shows as bands; it is a small part of the work.
+            dtype={"vae": torch.float32, "default": choose_dtype(model, device)},
+            **dict.fromkeys(unused),
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelFilesMissingError(f"cannot load {model.path}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    _fuse_loras(pipeline, model)
+    loaded = FAMILIES[family](pipeline.to(device))
+    _check_defaults(loaded, model)
+    _tune(loaded, model)
+    return loaded
+
+
+def choose_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The number format of text encoders and denoiser."""
+    if model.dtype != "auto":
+        return _DTYPES[model.dtype]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _read_index(model: ModelConfig) -> tuple[str, list[str]]:
+    """The pipeline's class and the parts to leave out; checks that the others can be trusted."""
+    try:
+        index = json.loads((model.path / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelFilesMissingError(f"no readable model_index.json in {model.path}") from error
+    family = index.get("_class_name")
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ModelFilesMissingError(f"{model.path} holds a {family}; expected one of {known}")
+    parts = {name: value for name, value in index.items() if isinstance(value, list)}
+    for name, (library, _) in parts.items():
+        if library not in _TRUSTED_LIBRARIES and name not in _UNUSED_PARTS:
+            raise ModelFilesMissingError(f"{model.path}: part {name} comes from {library!r}")
+    return family, [name for name in _UNUSED_PARTS if name in parts]
+
+
+def _fuse_loras(pipeline: Any, model: ModelConfig) -> None:
+    """Add each LoRA to the weights, so that it costs nothing at each step."""
+    if model.loras and not hasattr(pipeline, "load_lora_weights"):
+        raise ModelConfigError(f"a {type(pipeline).__name__} takes no LoRA")
+    for lora in model.loras:
+        file = model.path / lora.path
+        try:
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ModelFilesMissingError(f"cannot read the LoRA {file}: {error}") from error
+        try:
+            pipeline.load_lora_weights(weights)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ModelConfigError(f"the LoRA {file} does not fit the model: {error}") from error
+        if not pipeline.get_active_adapters():
+            raise ModelConfigError(f"the LoRA {file} has no weights of the model's layers")
+        pipeline.fuse_lora(lora_scale=lora.scale)
+        pipeline.unload_lora_weights()
+
+
+def _check_defaults(family: Family, model: ModelConfig) -> None:
+    defaults = Recipe(model.guidance_scale, model.num_inference_steps, model.scheduler, "")
+    if reason := family.refusal(defaults):
+        raise ModelConfigError(f"{model.path}: {reason}")
+    check_options(model.scheduler, model.scheduler_options)
+    step = family.pipeline.vae_scale_factor
+    if model.generate_px % step:
+        raise ModelConfigError(f"generate_px must be a multiple of {step}; is {model.generate_px}")
+
+
+def _tune(family: Family, model: ModelConfig) -> None:
+    pipeline, denoiser = family.pipeline, family.denoiser
+    if model.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    if model.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if model.compile:
+        denoiser.compile()
+
+
+def _quieten() -> None:
+    """Prompts do not belong in logs, nor progress bars."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
