@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, HTTPException, Path, Query, Request
@@ -44,6 +46,8 @@ class Context:
     catalog: Catalog
     live: LiveWork
     admission: Admission
+    epoch: str = field(default_factory=partial(secrets.token_hex, 4))
+    """Tells what this process counts from what another did."""
 
     def batch_view(self, index: DatasetIndex, batch: Batch) -> BatchView:
         """The batch's state now."""

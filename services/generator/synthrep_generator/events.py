@@ -1,44 +1,62 @@
 """The live view: what changed since the last look, as server-sent events.
 
-Events are hints. They start when the connection does and may be lost with it; the lists say what
-is there.
+Events are hints; the lists say what is there. They start when the connection does, or where the
+listener's `Last-Event-ID` says that it was cut off.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from itertools import islice
+from typing import Annotated
 
 import anyio
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 
-from synthrep_generator.context import Context, ContextDep
+from synthrep_generator.context import CallerDep, Context, ContextDep, may_handle, may_reach
 from synthrep_generator.errors import HighWaterError
 from synthrep_generator.progress import DatasetIndex
 from synthrep_generator.tally import Batch
 from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.keys import Principal
 from synthrep_shared.messages import ShardEvent, WorkerView
 
 router = APIRouter(prefix="/v1", tags=["service"])
 _PAUSE_S = 1.0
 _MAX_SHARDS_AT_ONCE = 500
+_MAX_BATCHES_AT_ONCE = 500
 _MAX_LISTENERS = 64
+_MAX_ID = 4096  # characters
+_ID = r"^[0-9a-f]{8}(,[a-z0-9][a-z0-9_-]{0,63}=[0-9]{1,15}\.[0-9]{1,15})*$"
 Event = tuple[str, BaseModel]
 """`batch`, `shard` or `worker`, and what it is now."""
 
 
 class EventFeed:
-    """Remembers what one listener has been told."""
+    """Remembers what one listener has been told; goes on from `last_event_id` if one is given."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(
+        self, context: Context, caller: Principal, last_event_id: str | None = None
+    ) -> None:
+        self._context, self._caller = context, caller
         self._positions: dict[str, tuple[int, int]] = {}
         self._running: dict[str, int] = {}
         self._workers: dict[str, WorkerView] = {}
+        told = None if last_event_id is None else _positions(last_event_id, context.epoch)
         for index in context.catalog.datasets():
-            self._positions[index.name] = (index.last_seq, index.tick)
+            now = (index.last_seq, index.tick)
+            self._positions[index.name] = now if told is None else told.get(index.name, (0, 0))
+
+    @property
+    def last_event_id(self) -> str | None:
+        """What has been told so far, for a header `Last-Event-ID`; None if it would be long."""
+        positions = "".join(
+            f",{name}={seq}.{tick}" for name, (seq, tick) in self._positions.items() if seq or tick
+        )
+        return f"{self._context.epoch}{positions}" if len(positions) < _MAX_ID else None
 
     def poll(self) -> list[Event]:
         """What changed since the last call."""
@@ -49,12 +67,13 @@ class EventFeed:
         for index in self._context.catalog.datasets():
             seq, tick = self._positions.get(index.name, (0, 0))
             last_seq, last_tick = index.last_seq, index.tick
-            shards = index.shards(seq, _MAX_SHARDS_AT_ONCE)
-            if len(shards) == _MAX_SHARDS_AT_ONCE:
-                last_seq = shards[-1].seq
-            shards = [shard for shard in shards if shard.seq <= last_seq]
+            if may_reach(self._caller, index):
+                shards = index.shards(seq, _MAX_SHARDS_AT_ONCE)
+                if len(shards) == _MAX_SHARDS_AT_ONCE:
+                    last_seq = shards[-1].seq
+                shards = [shard for shard in shards if shard.seq <= last_seq]
+                events += [("shard", ShardEvent(dataset=index.name, **dict(s))) for s in shards]
             self._positions[index.name] = (last_seq, last_tick)
-            events += [("shard", ShardEvent(dataset=index.name, **dict(s))) for s in shards]
             for batch in self._changed_batches(index, tick, moved):
                 events.append(("batch", self._context.batch_view(index, batch)))
         return events + self._changed_workers()
@@ -65,7 +84,8 @@ class EventFeed:
             batch = index.batch(batch_id)
             if batch is not None:
                 changed[batch_id] = batch
-        return list(changed.values())
+        own = (batch for batch in changed.values() if may_handle(self._caller, batch))
+        return list(islice(own, _MAX_BATCHES_AT_ONCE))
 
     def _changed_workers(self) -> list[Event]:
         before = self._workers
@@ -76,6 +96,17 @@ class EventFeed:
         changed = [w for name, w in self._workers.items() if before.get(name) != w]
         changed += [worker.model_copy(update={"state": "gone"}) for worker in gone]
         return [("worker", worker) for worker in changed]
+
+
+def _positions(last_event_id: str, epoch: str) -> dict[str, tuple[int, int]]:
+    """Log positions by data set; ticks that another process counted say nothing here."""
+    told_by, *places = last_event_id.split(",")
+    positions = {}
+    for place in places:
+        name, _, numbers = place.partition("=")
+        seq, _, tick = numbers.partition(".")
+        positions[name] = (int(seq), int(tick) if told_by == epoch else 0)
+    return positions
 
 
 async def _listener(request: Request) -> AsyncIterator[None]:
@@ -104,11 +135,24 @@ def make_listener_limiter() -> anyio.CapacityLimiter:
     openapi_extra=needs("read"),
     dependencies=[Depends(_listener)],
 )
-async def events(context: ContextDep) -> AsyncIterator[ServerSentEvent]:
-    """Events `batch`, `shard` and `worker`, each with the thing as its list shows it."""
-    feed = await run_sync(EventFeed, context)
+async def events(
+    context: ContextDep,
+    caller: CallerDep,
+    last_event_id: Annotated[
+        str | None, Header(max_length=2 * _MAX_ID, pattern=_ID, description="Where to go on")
+    ] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Events `batch`, `shard` and `worker`, each with the thing as its list shows it.
+
+    With the `Last-Event-ID` that a browser sends by itself, a listener that comes back is told
+    the shards that it missed, and batches that changed; some things perhaps twice.
+    """
+    feed = await run_sync(EventFeed, context, caller, last_event_id)
     yield ServerSentEvent(comment="connected")
     while True:
-        for name, thing in await run_sync(feed.poll):
-            yield ServerSentEvent(event=name, data=thing)
+        told = await run_sync(feed.poll)
+        for i, (name, thing) in enumerate(told, start=1):
+            # An id stands for all that was told with it, so only the last one has one.
+            event_id = feed.last_event_id if i == len(told) else None
+            yield ServerSentEvent(event=name, data=thing, id=event_id)
         await anyio.sleep(_PAUSE_S)
