@@ -8,11 +8,12 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests are small
 
@@ -23,7 +24,12 @@ from synthrep_generator.intake import BatchHeader, write_batch
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.commit_log import CommitRecord, read_log
 from synthrep_shared.messages import GenerationSettings
+from synthrep_shared.object_client import s3_client
+from synthrep_shared.object_store import ObjectPath
 from synthrep_shared.storage import DatasetPaths
+
+if TYPE_CHECKING:
+    from tests.object_store import StoreServer
 
 _PREFIX = "SYNTHREP_GENERATOR_"
 RECIPE: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": 3, "scheduler": "ddim"}
@@ -37,13 +43,47 @@ def redis_url() -> Iterator[str]:
         yield f"{server.connection_url}/0"
 
 
+@pytest.fixture(scope="session")
+def store_server() -> Iterator[StoreServer]:
+    """An object store that the environment of this process leads to."""
+    pytest.importorskip("moto", reason="needs moto, which stands for an object store")
+    from tests.object_store import StoreServer
+
+    server = StoreServer()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        s3_client.cache_clear()
+        s3_client().create_bucket(Bucket="tests")
+        yield server
+    s3_client.cache_clear()
+    server.close()
+
+
+@pytest.fixture
+def store(store_server: StoreServer) -> Iterator[StoreServer]:
+    """The object store, with nothing wrong."""
+    store_server.heal()
+    yield store_server
+    store_server.heal()
+
+
+@pytest.fixture
+def store_root(store: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectPath:
+    """A fresh root in the object store; its spool is in the test's folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return ObjectPath("tests", f"root-{secrets.token_hex(6)}")
+
+
 class GeneratorStack:
     """A data root, settings with short times and a fake model, and real generator processes."""
 
-    def __init__(self, root: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, **settings: object) -> None:
+        """The data root is `folder` unless the settings say otherwise."""
         model = {"path": "absent", "generate_px": 16, "store_px": 16, "device_batch_images": 4}
         values: dict[str, object] = {
-            "root": str(root),
+            "root": str(folder),
             "queue": f"q{secrets.token_hex(6)}",
             "models": {"tiny": model},
             "synthesizer": "fake",
@@ -54,9 +94,10 @@ class GeneratorStack:
         }
         self._values = values | settings
         self.settings = GeneratorSettings.model_validate(self._values)
-        self.paths = DatasetPaths(root, "birds")
+        self.paths = DatasetPaths(self.settings.root, "birds")
         self.paths.make_folders()
-        self._log = root / "processes.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "processes.txt"
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def accept(

@@ -18,7 +18,7 @@ class ObjectStream(io.RawIOBase):
         self._read_range, self._size = read_range, size
         self._position = self._start = 0
         self._ahead = b""
-        self._step = _FIRST_READ_BYTES
+        self._step = 0
 
     def readable(self) -> bool:
         return True
@@ -36,8 +36,8 @@ class ObjectStream(io.RawIOBase):
         if not 0 <= place < len(self._ahead):
             if self._position >= self._size:
                 return 0
-            in_order = place == len(self._ahead)
-            self._step = min(2 * self._step, _MAX_READ_BYTES) if in_order else _FIRST_READ_BYTES
+            step = 2 * self._step if place == len(self._ahead) else 0
+            self._step = min(max(step, _FIRST_READ_BYTES), _MAX_READ_BYTES)
             self._ahead = self._read_range(self._position, self._step)
             self._start, place = self._position, 0
         piece = self._ahead[place : place + len(buffer)]
