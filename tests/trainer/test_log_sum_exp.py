@@ -52,3 +52,12 @@ def test_half_the_matrix_serves_all_of_it(num_rows):
         return logits.fill_diagonal_(-torch.inf).logsumexp(1)
 
     assert_close_to_float64(symmetric_log_sum_exp, reference, draw(num_rows, 0))
+
+
+def test_candidates_without_gradient_leave_that_of_the_rows_alone():
+    rows, candidates = draw(9, 0).requires_grad_(), draw(17, 1)
+    row_log_sum_exp(rows, candidates, 2).sum().backward()
+    alone = rows.grad
+    rows.grad = None
+    row_log_sum_exp(rows, candidates.requires_grad_(), 2).sum().backward()
+    assert torch.equal(rows.grad, alone)

@@ -106,15 +106,18 @@ class _RowLogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         _refuse_second_order()
         rows, candidates, result = ctx.saved_tensors
-        row_gradient, candidate_gradient = torch.zeros_like(rows), torch.zeros_like(candidates)
+        row_gradient = torch.zeros_like(rows)
+        # A teacher's candidates need none.
+        candidate_gradient = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         for block, columns, logits in _row_logits(rows, candidates, ctx.first_self):
             softmax = logits.sub_(result[block.at, None]).exp_()
             coefficients = softmax.mul_(gradient[block.at, None])
             row_gradient[block.at] += product(packed(coefficients), columns.transposed)
-            candidate_gradient[columns.at] += product(packed(coefficients.T), block.transposed)
+            if candidate_gradient is not None:
+                candidate_gradient[columns.at] += product(packed(coefficients.T), block.transposed)
         return row_gradient, candidate_gradient, None
 
 
