@@ -23,7 +23,7 @@ from synthrep_shared.storage import DatasetPaths, adopt_file, publish_bytes
 class Failure(BaseModel):
     """A prompt that failed for good, why, and after how many attempts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     gid: str
     batch: str

@@ -21,14 +21,19 @@ class Request(BaseModel):
     """Base of request bodies: strict types, unknown fields refused, finite numbers only."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # logs hold no prompts
     )
 
 
 class Answer(BaseModel):
     """Base of answers; a client ignores fields that a newer service adds."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
 def clean_text(text: str) -> str:
