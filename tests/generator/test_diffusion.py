@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,13 @@ def test_more_images_than_the_device_takes_are_made_in_order(synthesizer: Any) -
     together = make(synthesizer, tasks, recipe())
     alone = [make(synthesizer, [task], recipe())[0] for task in tasks]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(together, alone, strict=True))
+
+
+def test_time_of_denoising_and_decoding_is_told(synthesizer: Any) -> None:
+    before_s, started = synthesizer.device_s, time.perf_counter()
+    synthesizer.generate([ImageTask("a", 1), ImageTask("b", 2)], recipe(), lambda: None)
+    spent_s = time.perf_counter() - started
+    assert 0.5 * spent_s < synthesizer.device_s - before_s < spent_s
 
 
 def test_each_caption_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

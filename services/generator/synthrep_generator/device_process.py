@@ -133,16 +133,25 @@ class DeviceProcess:
         # A wish for this run cannot have come yet: it waits for this run's Ready.
         self._watch.chunk_id, self._watch.wish = chunk.id, None
         request = make_request(chunk, self._datasets[chunk.dataset])
-        result = JobResult() if request is None else self._generate(request, chunk.id)
+        result, device_s = JobResult(), 0.0
+        if request is not None:
+            synthesizer = self._load(request.settings.model, chunk.id)
+            before_s = synthesizer.device_s
+            result = self._generate(request, synthesizer)
+            device_s = synthesizer.device_s - before_s
         self._channel.send(
-            Finished(chunk_id=chunk.id, stopped=self._watch.is_stopped, **result.model_dump())
+            Finished(
+                chunk_id=chunk.id,
+                stopped=self._watch.is_stopped,
+                device_s=round(device_s, 4),
+                **result.model_dump(),
+            )
         )
 
-    def _generate(self, request: ShardRequest, chunk_id: str) -> JobResult:
-        alias = request.settings.model
+    def _generate(self, request: ShardRequest, synthesizer: Synthesizer) -> JobResult:
         bench = Bench(
-            synthesizer=self._load(alias, chunk_id),
-            model=find_model(self._settings, alias),
+            synthesizer=synthesizer,
+            model=find_model(self._settings, request.settings.model),
             image_format=self._settings.image_format,
             quality=self._settings.jpeg_quality,
             watch=self._watch,

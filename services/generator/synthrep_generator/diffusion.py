@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -72,6 +72,7 @@ class DiffusersSynthesizer:
         self._tokenizing = threading.Lock()  # tokenizers are for one thread at a time
         self._fit = functools.lru_cache(_MAX_FITS)(family.fit)
         self._sizes = sizes
+        self._device_s = 0.0
         self._max_batch = self._first_batch_size()
 
     @property
@@ -95,6 +96,11 @@ class DiffusersSynthesizer:
     def batch_images(self) -> int:
         """See synthesis.Synthesizer."""
         return self._max_batch
+
+    @property
+    def device_s(self) -> float:
+        """See synthesis.Synthesizer."""
+        return self._device_s
 
     def caption_fit(self, prompt: str) -> CaptionFit:
         """See synthesis.Synthesizer."""
@@ -126,7 +132,9 @@ class DiffusersSynthesizer:
             part = tasks[done : done + self._max_batch]
             started: Decoding | None = None
             try:
-                started = self._decoder.start(self._denoise(part, recipe, on_step), on_step)
+                latents = self._denoise(part, recipe, on_step)
+                with self._timed():
+                    started = self._decoder.start(latents, on_step)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -134,11 +142,24 @@ class DiffusersSynthesizer:
                 # Outside of the handler, whose traceback holds the tensors of the failed attempt.
                 self._back_off(len(part) // 2)
                 continue
-            if decoding is not None:
-                results += decoding.results()
+            results += self._collect(decoding)
             decoding = started
             done += len(part)
-        return results if decoding is None else results + decoding.results()
+        return results + self._collect(decoding)
+
+    def _collect(self, decoding: Decoding | None) -> list[Pixels | PermanentPromptError]:
+        if decoding is None:
+            return []
+        with self._timed():
+            return decoding.results()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._device_s += time.perf_counter() - started
 
     def _denoise(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
@@ -153,7 +174,7 @@ class DiffusersSynthesizer:
         generators = [torch.Generator().manual_seed(task.seed) for task in tasks]
         shape = self._family.noise_shape(self._model.generate_px)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        with self._attention():
+        with self._attention(), self._timed():
             return self._family.denoise(
                 captions,
                 negative,

@@ -55,7 +55,10 @@ class Beat(_Line):
 
 
 class Finished(_Line):
-    """From the device: the run is over, its outcomes are in the log."""
+    """From the device: the run is over, its outcomes are in the log.
+
+    Of the run's time, `device_s` went into denoising and decoding.
+    """
 
     kind: Literal["finished"] = "finished"
     chunk_id: str
@@ -63,6 +66,7 @@ class Finished(_Line):
     failed: int
     images: int
     stopped: bool
+    device_s: float
 
 
 class Raised(_Line):

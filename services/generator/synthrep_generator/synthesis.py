@@ -103,6 +103,11 @@ class Synthesizer(Protocol):
         """Images that one pass takes now; may shrink from one pass to the next."""
         ...
 
+    @property
+    def device_s(self) -> float:
+        """Seconds of denoising and decoding so far, by the clock."""
+        ...
+
     def caption_fit(self, prompt: str) -> CaptionFit:
         """Whether the text encoder takes all of a caption; any thread may ask."""
         ...
@@ -129,6 +134,7 @@ class FakeSynthesizer:
     def __init__(self, *, store_px: int, delay_s: float = 0.0, batch_images: int = 40) -> None:
         self._store_px, self._delay_s = store_px, delay_s
         self.batch_images = batch_images
+        self.device_s = 0.0
 
     def caption_fit(self, prompt: str) -> CaptionFit:
         """See Synthesizer."""
@@ -141,6 +147,7 @@ class FakeSynthesizer:
         results: list[Pixels | PermanentPromptError] = []
         for task in tasks:
             self._sleep(self._delay_s, on_step)
+            self.device_s += self._delay_s
             refused = refuse_long(self.caption_fit(task.prompt), recipe)
             results.append(refused or self._make(task))
         return results
