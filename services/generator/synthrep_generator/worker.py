@@ -35,6 +35,7 @@ from synthrep_generator.queues import SOCKET_TIMEOUT_S, ChunkJob, WorkerView, Wo
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Crashed, Outcome, Supervisor, Wish
 from synthrep_shared.failpoints import failpoint
+from synthrep_shared.heartbeat import Heartbeat
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.storage import free_bytes, prepare_root
 
@@ -70,9 +71,9 @@ class ChunkWorker(Worker):
         self._settings, self._queue, self._supervisor = settings, queue, supervisor
         self._datasets = OpenDatasets(settings.root)
         self._stop_asked_at: float | None = None
-        self._images_per_s = 0.0
         self._reported, self._report_at = "", 0.0
-        self._backoff_s, self._rest_until = 0.0, 0.0
+        self._images_per_s, self._backoff_s, self._rest_until = 0.0, 0.0, 0.0
+        self._heartbeat, self._busy_at = Heartbeat(settings.heartbeat), time.monotonic()
 
     @property
     def connection_timeout(self) -> float:
@@ -85,7 +86,8 @@ class ChunkWorker(Worker):
         Raises QueueServerError if Redis is set up so that it would lose work.
         """
         is_checked = False
-        while self._stop_asked_at is None and not self._supervisor.is_broken:
+        while not (self._stop_asked_at or self._supervisor.is_broken or self._is_superfluous()):
+            self._heartbeat.beat(self._reported or "starting")
             try:
                 if not is_checked:
                     self._queue.check_server()
@@ -174,6 +176,7 @@ class ChunkWorker(Worker):
 
     def _attend(self, lease: Lease, job: ChunkJob, execution: Any) -> Wish | None:
         """Between two looks at the device: show life, and say if the run is to end."""
+        self._heartbeat.beat("running")
         try:
             if self._is_time_to_report():
                 lease.renew()
@@ -255,6 +258,10 @@ class ChunkWorker(Worker):
         end = time.monotonic() + seconds
         while self._stop_asked_at is None and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
+
+    def _is_superfluous(self) -> bool:
+        self._busy_at = self._busy_at if self._reported == "idle" else time.monotonic()
+        return 0 < self._settings.idle_exit_s < time.monotonic() - self._busy_at
 
     def _is_time_to_report(self) -> bool:
         return time.monotonic() >= self._report_at

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from synthrep_shared.heartbeat import Heartbeat
 from synthrep_shared.logs import configure_logging
 from synthrep_trainer.jobs import Job, ProbeJob, RunJob
 from synthrep_trainer.runs import ProbeFolder, RunFolder, Workplace
@@ -88,8 +89,9 @@ def main() -> None:
     settings = TrainerSettings()
     configure_logging("trainer", settings.log_level)
     _log.info("launcher_started", extra={"settings": settings.model_dump(mode="json")})
-    launcher = Launcher(settings)
+    launcher, heartbeat = Launcher(settings), Heartbeat(settings.heartbeat)
     while not stop.is_set():
+        heartbeat.beat("up")
         try:
             launcher.sweep()
         except OSError:
