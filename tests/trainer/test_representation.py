@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from synthrep_trainer.representation import effective_rank, spread
+from synthrep_trainer.representation import alignment, effective_rank, health, spread, uniformity
 
 
 def slow_effective_rank(features: np.ndarray) -> float:
@@ -34,3 +35,36 @@ def test_rows_on_a_line_have_rank_1():
 
 def test_spread_of_opposite_rows_is_1():
     assert spread(torch.tensor([[3.0, 0.0], [-1.0, 0.0]])) == pytest.approx(1)
+
+
+def unit_rows(num_rows, dim=5):
+    rows = torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(1))
+    return F.normalize(rows.double(), dim=1)
+
+
+def test_alignment_and_uniformity_are_those_of_all_pairs():
+    unit, ids = unit_rows(9), torch.tensor([0, 1, 0, 2, 1, 0, 3, 3, 4])
+    distances = {(i, j): (unit[i] - unit[j]).square().sum() for i in range(9) for j in range(i)}
+    positives = [d for (i, j), d in distances.items() if ids[i] == ids[j]]
+    assert alignment(unit, ids) == pytest.approx(float(sum(positives) / len(positives)))
+    kernel = [torch.exp(-2 * d) for d in distances.values()]
+    assert uniformity(unit) == pytest.approx(float(torch.stack(kernel).mean().log()))
+
+
+def test_equal_rows_are_aligned_and_not_uniform():
+    rows = unit_rows(1).repeat(6, 1)
+    assert alignment(rows, torch.zeros(6, dtype=torch.int64)) == pytest.approx(0, abs=1e-6)
+    assert uniformity(rows) == pytest.approx(0, abs=1e-6)
+
+
+def test_without_positives_there_is_no_alignment():
+    assert alignment(unit_rows(4), torch.arange(4)) is None
+
+
+def test_health_is_of_normalised_embeddings_and_a_bounded_number_of_rows():
+    features, unit = torch.randn(3000, 4), unit_rows(3000, 3)
+    ids = torch.arange(3000) // 2
+    found = health(features, 7 * unit.float(), ids)
+    assert found.effective_rank == pytest.approx(effective_rank(features[:2048]))
+    assert found.alignment == pytest.approx(alignment(unit[:2048], ids[:2048]), rel=1e-5)
+    assert found.uniformity == pytest.approx(uniformity(unit[:2048]), rel=1e-5)

@@ -217,7 +217,7 @@ def test_a_loss_that_is_no_number_stops_before_the_optimizer(
     def poisoned(self, batch, **kwargs):
         if kwargs["step"] == 8:
             with torch.no_grad():
-                next(self._model.head.parameters()).fill_(float("nan"))
+                next(self._objective.projection.parameters()).fill_(float("nan"))
         return step(self, batch, **kwargs)
 
     monkeypatch.setattr(Learner, "step", poisoned)

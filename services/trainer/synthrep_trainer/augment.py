@@ -30,6 +30,8 @@ _PUBLISHED_SIZE_PX = 224
 # SimCLR does at 32 px.
 _SMALLEST_USEFUL_SIGMA_PX = 0.5
 _CROP_ATTEMPTS = 10
+_LEVELS = np.arange(256, dtype=np.uint8)
+_SOLARISED = np.where(_LEVELS < 128, _LEVELS, 255 - _LEVELS)
 _AREA_RESIZE_FACTOR = 2
 
 
@@ -56,6 +58,8 @@ class AugmentConfig:
     blur_probability: float = 0.5
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)
     """Least and greatest standard deviation of the blur, above 0."""
+    solarise_probability: float = 0.0
+    """Chance that levels from the middle up are inverted; 0.2 in every second view of BYOL."""
     flip_probability: float = 0.5
     downsample_probability: float = 0.0
     """Chance that the image loses resolution before the crop; 0.05 in the paper's variant."""
@@ -67,6 +71,7 @@ class AugmentConfig:
             self.jitter_probability,
             self.grayscale_probability,
             self.blur_probability,
+            self.solarise_probability,
             self.flip_probability,
             self.downsample_probability,
         )
@@ -128,6 +133,9 @@ def augment(
     if rng.random() < config.blur_probability:
         sigma = rng.uniform(*config.blur_sigma_px)
         pixels = cv2.GaussianBlur(pixels, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+    # Nothing is drawn for it where there is none: other recipes keep their views.
+    if config.solarise_probability and rng.random() < config.solarise_probability:
+        pixels = cv2.LUT(pixels, _SOLARISED)
     if rng.random() < config.flip_probability:
         pixels = cv2.flip(pixels, 1)
     return pixels

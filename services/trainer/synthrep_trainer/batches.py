@@ -12,6 +12,7 @@ import contextlib
 import io
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Self
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from synthrep_trainer.augment import AugmentConfig, augment, use_one_thread
 from synthrep_trainer.shard_files import Image
 from synthrep_trainer.shard_stream import Cursor, DrawnBatch, DrawnGroup, ShardStream
+from synthrep_trainer.text_tokens import encode_captions
 
 MAX_PIXELS = 4096 * 4096
 _PILLOW_FORMATS = {"png": "PNG", "webp": "WEBP"}
@@ -47,13 +49,26 @@ class ViewPlan(NamedTuple):
     views_per_image: int
     """2 for SimCLR: the crops of an image are positives, under an id of their own."""
     augmentation: AugmentConfig
+    odd_augmentation: AugmentConfig | None = None
+    """Of every second image of a caption, where those differ."""
+    crops_per_image: int = 0
+    crop_augmentation: AugmentConfig | None = None
+    """Of the small crops, beside the views."""
+    text_context: int = 0
+    """Tokens a caption, 0 for an objective that reads none."""
 
 
 class Batch(NamedTuple):
-    """This rank's rows of a batch: (B, size, size, 3) uint8 and (B,) int64."""
+    """This rank's rows of a batch; those of a caption are adjacent."""
 
     images: Tensor
+    """(B, size, size, 3) uint8"""
     caption_ids: Tensor
+    """(B,) int64"""
+    tokens: Tensor | None = None
+    """(captions, context) int64, see `text_tokens`"""
+    crops: Tensor | None = None
+    """(B * crops an image, crop size, crop size, 3) uint8"""
 
 
 class LoadedBatch(NamedTuple):
@@ -132,25 +147,50 @@ class BatchLoader:
     def _load(self, drawn: DrawnBatch) -> Batch:
         shards = {group.shard.seq: group.shard for group in drawn.groups}
         list(self._pool.map(self._stream.verify, shards.values()))
-        views, size = self._views, self._views.augmentation.image_size_px
-        rows_per_caption = views.images_per_caption * views.views_per_image
-        pixels = np.empty((len(drawn.groups), rows_per_caption, size, size, 3), dtype=np.uint8)
-        ids = np.empty((len(drawn.groups), rows_per_caption), dtype=np.int64)
+        groups, views = drawn.groups, self._views
+        rows = views.images_per_caption * views.views_per_image
+        pixels = _pixels(len(groups), rows, views.augmentation)
+        ids = np.empty((len(groups), rows), dtype=np.int64)
+        crops = None
+        if views.crop_augmentation is not None:
+            num_crops = views.images_per_caption * views.crops_per_image
+            crops = _pixels(len(groups), num_crops, views.crop_augmentation)
 
         def fill(place: int) -> None:
-            self._fill(drawn.step, drawn.groups[place], pixels[place], ids[place])
+            group = groups[place]
+            for k, image in enumerate(self._decoded(group)):
+                row = group.row * views.images_per_caption + k
+                first = k * views.views_per_image
+                for view in range(views.views_per_image):
+                    seed = (views.seed, drawn.step, row, view)
+                    pixels[place, first + view] = augment(image, _recipe(views, k), seed=seed)
+                    ids[place, first + view] = (
+                        group.caption_id if views.views_per_image == 1 else row
+                    )
+                if crops is None or views.crop_augmentation is None:
+                    continue
+                for crop in range(views.crops_per_image):
+                    seed = (views.seed, drawn.step, row, views.views_per_image + crop)
+                    crops[place, k * views.crops_per_image + crop] = augment(
+                        image, views.crop_augmentation, seed=seed
+                    )
 
-        list(self._pool.map(fill, range(len(drawn.groups))))
-        images = torch.from_numpy(pixels.reshape(-1, size, size, 3))
-        batch = Batch(images, torch.from_numpy(ids.reshape(-1)))
-        return Batch(*(tensor.pin_memory() for tensor in batch)) if self._pin else batch
+        list(self._pool.map(fill, range(len(groups))))
+        batch = Batch(
+            torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:])),
+            torch.from_numpy(ids.reshape(-1)),
+            self._tokens(groups) if views.text_context else None,
+            None if crops is None else torch.from_numpy(crops.reshape(-1, *crops.shape[2:])),
+        )
+        return _pinned(batch) if self._pin else batch
 
-    def _fill(
-        self, step: int, group: DrawnGroup, pixels: NDArray[np.uint8], ids: NDArray[np.int64]
-    ) -> None:
-        views = self._views
-        images = self._stream.store.read(group.shard, group.place, group.images)
-        for k, stored in enumerate(images):
+    def _tokens(self, groups: list[DrawnGroup]) -> Tensor:
+        captions = [self._stream.store.caption(group.shard, group.place) for group in groups]
+        return encode_captions(captions, self._views.text_context)
+
+    def _decoded(self, group: DrawnGroup) -> Iterator[NDArray[np.uint8]]:
+        """The drawn images; raises BadShardError, after quarantine, for one that is none."""
+        for stored in self._stream.store.read(group.shard, group.place, group.images):
             try:
                 image = decode(stored)
             except _UNDECODABLE as error:
@@ -158,12 +198,21 @@ class BatchLoader:
                 raise self._stream.store.quarantine(
                     group.shard.seq, group.shard.name, reason
                 ) from error
-            image_row = group.row * views.images_per_caption + k
-            for view in range(views.views_per_image):
-                row = k * views.views_per_image + view
-                seed = (views.seed, step, image_row, view)
-                pixels[row] = augment(image, views.augmentation, seed=seed)
-                ids[row] = group.caption_id if views.views_per_image == 1 else image_row
+            yield image
+
+
+def _pixels(groups: int, rows: int, config: AugmentConfig) -> NDArray[np.uint8]:
+    size = config.image_size_px
+    return np.empty((groups, rows, size, size, 3), dtype=np.uint8)
+
+
+def _recipe(views: ViewPlan, image: int) -> AugmentConfig:
+    is_odd = image % 2 == 1 and views.odd_augmentation is not None
+    return views.odd_augmentation or views.augmentation if is_odd else views.augmentation
+
+
+def _pinned(batch: Batch) -> Batch:
+    return Batch._make(None if tensor is None else tensor.pin_memory() for tensor in batch)
 
 
 def decode(image: Image) -> NDArray[np.uint8]:

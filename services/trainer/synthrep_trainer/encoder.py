@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from timm.layers import resample_abs_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -73,6 +74,13 @@ class EncoderConfig:
             raise ValueError(f"expected the fields of an EncoderConfig: {error}") from error
 
 
+class Tokens(NamedTuple):
+    """What an encoder says of images: the class token, and a token for each patch."""
+
+    features: Float[Tensor, "batch features"]
+    patches: Float[Tensor, "batch patches features"]
+
+
 class Encoder(nn.Module):
     """A ViT that gives its class token after the final norm."""
 
@@ -86,6 +94,16 @@ class Encoder(nn.Module):
         """Dimension of the features."""
         return int(self.backbone.num_features)
 
+    @property
+    def patch_size_px(self) -> int:
+        """Side of a patch."""
+        return int(self.backbone.patch_embed.patch_size[0])
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of the configured size."""
+        return int(self.backbone.patch_embed.num_patches)
+
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
@@ -93,6 +111,45 @@ class Encoder(nn.Module):
         tokens = self.backbone.forward_features(images)  # (B, 1 + patches, width)
         features: Tensor = tokens[:, 0]
         return features
+
+    def tokens(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        masks: Bool[Tensor, "batch patches"] | None = None,
+        mask_token: Float[Tensor, " features"] | None = None,
+    ) -> Tokens:
+        """All tokens of normalised images of any size that the patches tile.
+
+        Position embeddings are interpolated for other sizes than the configured one. Where `masks`
+        is true, `mask_token` stands in place of the patch.
+        """
+        backbone = self.backbone
+        grid = backbone.patch_embed.proj(images)  # (B, width, rows, columns)
+        patches = backbone.patch_embed.norm(grid.flatten(2).transpose(1, 2))
+        if masks is not None and mask_token is not None:
+            patches = torch.where(masks[..., None], mask_token.to(patches.dtype), patches)
+        tokens = self._placed(patches, (grid.shape[2], grid.shape[3]))
+        tokens = backbone.norm(backbone.blocks(backbone.norm_pre(tokens)))
+        return Tokens(tokens[:, 0], tokens[:, backbone.num_prefix_tokens :])
+
+    def _placed(
+        self, patches: Float[Tensor, "batch patches features"], grid: tuple[int, int]
+    ) -> Float[Tensor, "batch tokens features"]:
+        """Patches behind the class token (and the like), with positions added."""
+        backbone = self.backbone
+        found = (backbone.cls_token, getattr(backbone, "dist_token", None), backbone.reg_token)
+        prefix = [token.expand(len(patches), -1, -1) for token in found if token is not None]
+        if backbone.pos_embed is None:
+            return torch.cat([*prefix, patches], dim=1)
+        positions = resample_abs_pos_embed(
+            backbone.pos_embed,
+            new_size=list(grid),
+            old_size=list(backbone.patch_embed.grid_size),
+            num_prefix_tokens=0 if backbone.no_embed_class else backbone.num_prefix_tokens,
+        )
+        if backbone.no_embed_class:
+            return torch.cat([*prefix, patches + positions], dim=1)
+        return torch.cat([*prefix, patches], dim=1) + positions
 
 
 class CrossRankBatchNorm(nn.BatchNorm1d):

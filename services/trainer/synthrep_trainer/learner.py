@@ -1,40 +1,50 @@
-"""Encoder, head and optimizer as one thing: a batch in, one update, and what it was like.
+"""Towers, heads and optimizer as one thing: a batch in, one update, and what it was like.
 
-The order of an update is fixed: loss, gradient, check, optimizer. Numbers that are none stop it
-before the optimizer moves.
+The order of an update is fixed: loss, gradient, check, optimizer, moving average. Numbers that are
+none stop it before the optimizer moves, or skip the step where that is asked for.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from synthrep_trainer import distributed
-from synthrep_trainer.augment import normalise
 from synthrep_trainer.batches import Batch
 from synthrep_trainer.checkpoint import Parts
-from synthrep_trainer.encoder import (
-    EncoderConfig,
-    make_encoder,
-    make_projection_head,
-    parameter_groups,
-)
+from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder, parameter_groups
 from synthrep_trainer.errors import CollapseError, NonFiniteLossError
-from synthrep_trainer.losses import multi_positive_contrastive_loss
-from synthrep_trainer.representation import effective_rank, spread
+from synthrep_trainer.gradient_cache import backward_in_pieces, features_in_pieces
+from synthrep_trainer.moving_average import MovingAverage
+from synthrep_trainer.objectives import (
+    Features,
+    Inputs,
+    ObjectiveConfig,
+    Outcome,
+    Targets,
+    TeacherTower,
+    make_objective,
+)
+from synthrep_trainer.parallel import replicate
+from synthrep_trainer.randomness import seed_of, seeded
+from synthrep_trainer.representation import Health, health, spread
+from synthrep_trainer.schedules import Rates
 
-_BETAS = (0.9, 0.98)
+_log = logging.getLogger(__name__)
 _JUDGE_EVERY = 10  # steps; a judgement takes an eigendecomposition
 # Half the mean squared distance of unit embeddings; fp32 rounding alone gives less than 1e-12.
 _LEAST_SPREAD = 1e-6
-_HEAD_SEED_OFFSET = 1  # encoder and head draw from seeds of their own
+_OBJECTIVE_SEED_OFFSET, _TOWER_SEED_OFFSET = 1, 2  # seeds of their own, beside the encoder's
+_STUDENT, _TEACHER = 0, 1  # who draws random numbers in a step
+_ENCODER, _AVERAGED_ENCODER = "towers.encoder.", "encoder."  # where state dicts have them
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -43,108 +53,238 @@ class LearnerConfig:
     """What a learner is made of and how it learns."""
 
     encoder: EncoderConfig
+    objective: ObjectiveConfig
     seed: int
-    temperature: float
-    weight_decay: float
-    rows_per_caption: int
-    """Adjacent rows of a batch that belong to one caption; the head normalises over captions."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW."""
+    max_grad_norm: float | None = None
+    """Norm above which a gradient is scaled down to it; None leaves gradients alone."""
+    has_moving_average: bool = False
+    """Whether the encoder's weights are averaged; an objective with a teacher needs it."""
+    micro_batch_images: int | None = None
+    """Images that the towers see at a time, rounded down to whole captions; None: all."""
+    max_skipped_steps: int = 0
+    """Steps in a row that are skipped because a number is none; one more stops the run."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of towers and heads; weights, losses and the optimizer stay in fp32."""
 
 
 class StepResult(NamedTuple):
-    """One update's numbers, of all ranks; the effective rank, now and then, of this rank's rows."""
+    """One update's numbers, of all ranks; the health, now and then, of this rank's rows."""
 
     loss: float
     lr: float
     gradient_norm: float
-    effective_rank: float | None
-
-
-class _Model(nn.Module):
-    def __init__(self, config: EncoderConfig, *, seed: int) -> None:
-        super().__init__()
-        self.encoder = make_encoder(config, seed=seed)
-        self.head = make_projection_head(config, self.encoder.width, seed=seed + _HEAD_SEED_OFFSET)
-
-    def forward(
-        self, images: UInt8[Tensor, "batch height width 3"], rows_per_caption: int
-    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch dim"]]:
-        features = self.encoder(normalise(images))
-        return features, self.head(features, rows_per_caption)
+    """Before it is clipped."""
+    health: Health | None
+    terms: Mapping[str, float]
+    """Parts of the loss and the like, by the objective."""
+    is_skipped: bool
 
 
 class Learner:
     """Learns from batches on one device; on several ranks, all of them make and call it alike."""
 
     def __init__(self, config: LearnerConfig, device: torch.device) -> None:
-        """Raises ValueError if there is no such encoder."""
-        self.config = config
-        self._device = device
-        self._model = _Model(config.encoder, seed=config.seed).to(device)
+        """Raises ValueError if there is no such encoder, or the objective lacks its average."""
+        self.config, self._device = config, device
+        encoder = make_encoder(config.encoder, seed=config.seed)
+        self._objective = make_objective(
+            config.objective, config.encoder, encoder, seed=config.seed + _OBJECTIVE_SEED_OFFSET
+        ).to(device)
+        self._towers = self._objective.make_towers(
+            encoder, seed=config.seed + _TOWER_SEED_OFFSET
+        ).to(device)
+        has_teacher = self._objective.teacher_heads is not None
+        if has_teacher and not config.has_moving_average:
+            raise ValueError(f"{config.objective.name} needs a moving average: it is the teacher")
+        self._average = MovingAverage(self._averaged()) if config.has_moving_average else None
+        self._teacher = TeacherTower(self.best_encoder) if has_teacher else None
+        self._model = nn.ModuleDict({"towers": self._towers, "objective": self._objective})
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._model, weight_decay=config.weight_decay), lr=0.0, betas=_BETAS
+            parameter_groups(self._model, weight_decay=1.0), lr=0.0, betas=config.betas
         )
-        self._parallel: nn.Module = self._model
-        if distributed.world_size() > 1:
-            # The head's running statistics are equal on all ranks already.
-            self._parallel = DistributedDataParallel(self._model, broadcast_buffers=False)
+        self._decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        self._parallel_towers = replicate(self._towers)
+        self._parallel_objective = replicate(self._objective)
+        self._skipped_in_a_row = 0
 
-    def step(self, batch: Batch, *, step: int, lr: float) -> StepResult:
+    @property
+    def best_encoder(self) -> Encoder:
+        """The averaged encoder where there is one."""
+        if self._average is None:
+            return self._towers.encoder
+        encoder = self._average.module["encoder"]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def step(self, batch: Batch, *, step: int, rates: Rates) -> StepResult:
         """One update. Raises NonFiniteLossError or CollapseError before the optimizer moves."""
-        images = batch.images.to(self._device, non_blocking=True)
-        caption_ids = batch.caption_ids.to(self._device, non_blocking=True)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            features, embeddings = self._parallel(images, self.config.rows_per_caption)
-        loss = multi_positive_contrastive_loss(embeddings, caption_ids, self.config.temperature)
+        buffers = [buffer.clone() for buffer in self._model.buffers()]  # in case of a skip
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        features, outcome = self._backward(batch, step)
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         total_norm = torch.nn.utils.get_total_norm(gradients)
+        numbers = [outcome.loss.detach(), total_norm, *outcome.terms.values()]
         # The one place of a step where a GPU is waited for.
-        value, norm = torch.stack([loss.detach(), total_norm]).tolist()
+        value, norm, *terms = torch.stack([number.float() for number in numbers]).tolist()
+        named = dict(zip(outcome.terms, terms, strict=True))
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise NonFiniteLossError(
-                f"the loss is {value} and its gradient {norm} at step {step}; try a smaller lr"
+            self._skip(value, norm, step, buffers)
+            return StepResult(value, rates.lr, norm, None, named, True)
+        self._skipped_in_a_row = 0
+        judgement = self._judge(features, outcome, batch, step)
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._model.parameters(), self.config.max_grad_norm, total_norm
             )
-        rank = self._judge(features, embeddings, step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        return StepResult(value, lr, norm, rank)
+        self._update(rates)
+        return StepResult(value, rates.lr, norm, judgement, named, False)
 
     def parts(self) -> Parts:
         """All tensors of a checkpoint, by part."""
-        return {
-            "encoder": self._model.encoder.state_dict(),
-            "head": self._model.head.state_dict(),
-            "optimizer": dict(self._optimizer_tensors()),
-        }
+        parts = {"optimizer": dict(self._optimizer_tensors()), "progress": self._progress()}
+        parts["encoder"], parts["heads"] = _split(self._model.state_dict(), _ENCODER)
+        if self._average is not None:
+            average = self._average.module.state_dict()
+            parts["ema_encoder"], parts["ema_heads"] = _split(average, _AVERAGED_ENCODER)
+        return parts
 
     def load(self, parts: Parts) -> None:
         """Become what was saved; raises RuntimeError or KeyError if it was another model."""
-        self._model.encoder.load_state_dict(dict(parts["encoder"]))
-        self._model.head.load_state_dict(dict(parts["head"]))
+        self._model.load_state_dict(_joined(parts["encoder"], parts["heads"], _ENCODER))
+        if self._average is not None:
+            average = _joined(parts["ema_encoder"], parts["ema_heads"], _AVERAGED_ENCODER)
+            self._average.module.load_state_dict(average)
+        self._skipped_in_a_row = int(parts["progress"]["skipped_in_a_row"])
         tensors = parts["optimizer"]
         for name, parameter in self._model.named_parameters():
-            # AdamW keeps its step count on the CPU and its moments with the parameter.
-            self._optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(
-                    "cpu" if key == "step" else self._device, copy=True
-                )
-                for key in _OPTIMIZER_STATE
-            }
+            if f"step.{name}" in tensors:  # else no step was taken before
+                # AdamW keeps its step count on the CPU and its moments with the parameter.
+                self._optimizer.state[parameter] = {
+                    key: tensors[f"{key}.{name}"].to(
+                        "cpu" if key == "step" else self._device, copy=True
+                    )
+                    for key in _OPTIMIZER_STATE
+                }
 
-    def _judge(self, features: Tensor, embeddings: Tensor, step: int) -> float | None:
+    def _backward(self, batch: Batch, step: int) -> tuple[Features, Outcome]:
+        """Gradients of the step, of all ranks."""
+        inputs, caption_ids = self._inputs(batch, step)
+        captions = len(caption_ids) // self.config.objective.rows_per_caption
+        pieces = list(inputs.split(captions, self._captions_per_piece(captions)))
+        targets = self._targets(pieces, step)
+
+        def loss_of(features: Features) -> Outcome:
+            with self._autocast():
+                outcome: Outcome = self._parallel_objective(features, caption_ids, targets)
+            return outcome
+
+        in_pass = partial(self._pass, step, _STUDENT)
+        if len(pieces) > 1:
+            return backward_in_pieces(self._parallel_towers, pieces, loss_of, in_pass)
+        with in_pass(0):
+            features = self._parallel_towers(inputs)
+        outcome = loss_of(features)
+        outcome.loss.backward()
+        return features, outcome
+
+    def _targets(self, pieces: Sequence[Inputs], step: int) -> Targets | None:
+        """What the teacher says of the batch, None for an objective without one."""
+        if self._average is None or self._teacher is None:
+            return None
+        features = features_in_pieces(self._teacher, pieces, partial(self._pass, step, _TEACHER))
+        with self._autocast():
+            return self._objective.targets(self._average.module["heads"], features, step=step)
+
+    def _inputs(self, batch: Batch, step: int) -> tuple[Inputs, Tensor]:
+        on_device = [
+            None if rows is None else rows.to(self._device, non_blocking=True)
+            for rows in (batch.images, batch.tokens, batch.crops, batch.caption_ids)
+        ]
+        images, tokens, crops, caption_ids = on_device
+        assert images is not None
+        assert caption_ids is not None
+        inputs = Inputs(images, tokens, crops)
+        return self._objective.complete(inputs, seed=seed_of(self.config.seed, step)), caption_ids
+
+    def _captions_per_piece(self, captions: int) -> int:
+        limit = self.config.micro_batch_images
+        rows = self.config.objective.rows_per_caption
+        return captions if limit is None else max(1, limit // rows)
+
+    @contextmanager
+    def _pass(self, step: int, who: int, piece: int) -> Iterator[None]:
+        """A block for one pass of towers: random numbers of its own, the asked precision."""
+        parts = (self.config.seed, step, distributed.rank(), who, piece)
+        with seeded(*parts, device=self._device), self._autocast():
+            yield
+
+    def _autocast(self) -> torch.autocast:
+        is_half = self.config.precision == "bf16"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=is_half)
+
+    def _skip(self, loss: float, norm: float, step: int, buffers: Sequence[Tensor]) -> None:
+        """Undo what the step did to batch statistics; raises NonFiniteLossError past the bound."""
+        for buffer, before in zip(self._model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        bound = self.config.max_skipped_steps
+        if self._skipped_in_a_row >= bound:
+            after = f", after {bound} skipped steps in a row" if bound else ""
+            raise NonFiniteLossError(
+                f"the loss is {loss} and its gradient {norm} at step {step}{after}; "
+                "try a smaller lr"
+            )
+        self._skipped_in_a_row += 1
+        _log.warning("step_skipped", extra={"step": step, "loss": loss, "gradient_norm": norm})
+
+    def _update(self, rates: Rates) -> None:
+        for group, decays in zip(self._optimizer.param_groups, self._decays, strict=True):
+            group["lr"], group["weight_decay"] = rates.lr, rates.weight_decay * decays
+        self._optimizer.step()
+        self._objective.after_update()
+        if self._average is not None:
+            assert rates.ema_decay is not None
+            self._average.update(self._averaged(), rates.ema_decay)
+
+    def _averaged(self) -> nn.ModuleDict:
+        """What the moving average follows."""
+        heads = self._objective.teacher_heads
+        modules: dict[str, nn.Module] = {"encoder": self._towers.encoder}
+        return nn.ModuleDict(modules if heads is None else modules | {"heads": heads})
+
+    def _judge(
+        self, features: Features, outcome: Outcome, batch: Batch, step: int
+    ) -> Health | None:
         if step % _JUDGE_EVERY and step != 1:
             return None
-        if spread(distributed.gather(embeddings)) < _LEAST_SPREAD:
+        if spread(distributed.gather(outcome.embeddings)) < _LEAST_SPREAD:
             raise CollapseError(
                 f"all embeddings are equal at step {step}: the representation has collapsed; "
                 "try a smaller lr, a longer warm-up or more captions a batch"
             )
-        return effective_rank(features)
+        return health(features.images, outcome.embeddings, batch.caption_ids)
+
+    def _progress(self) -> dict[str, Tensor]:
+        return {"skipped_in_a_row": torch.tensor(self._skipped_in_a_row)}
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._model.named_parameters():
             state: Mapping[str, Tensor] = self._optimizer.state[parameter]
-            for key in _OPTIMIZER_STATE:
+            for key in _OPTIMIZER_STATE if state else ():
                 yield f"{key}.{name}", state[key]
+
+
+def _split(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors below `prefix`, without it, and the others."""
+    below = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return below, {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+
+
+def _joined(
+    below: Mapping[str, Tensor], others: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """Inverse of `_split`."""
+    return {f"{prefix}{name}": t for name, t in below.items()} | dict(others)

@@ -18,6 +18,7 @@ import torch
 from synthrep_trainer import distributed
 from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.learner import Learner, StepResult
+from synthrep_trainer.schedules import Rates
 from synthrep_trainer.shard_stream import Cursor
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
     first_step: int
     last_step: int
     checkpoint_every: int
-    lr_at: Callable[[int], float]
+    rates_at: Callable[[int], Rates]
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
             break
         loaded = loader.take()
         step, cursor = loaded.step, loaded.cursor
-        result = learner.step(loaded.batch, lr=plan.lr_at(step), step=step)
+        result = learner.step(loaded.batch, step=step, rates=plan.rates_at(step))
         recorder.record_step(step, result, wait_s=wait_s)
         if step % plan.checkpoint_every == 0:
             recorder.save(step, cursor)

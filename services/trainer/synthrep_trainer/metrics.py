@@ -25,11 +25,22 @@ class StepMetrics(BaseModel):
 
     step: int
     time: datetime
-    loss: float
+    loss: float | None
+    """None where it is no number, in a step that was skipped."""
     lr: float
-    gradient_norm: float
+    gradient_norm: float | None
+    """Before it is clipped; None as for the loss."""
+    terms: dict[str, float] = {}
+    """Parts of the loss and the like, by the objective."""
+    is_skipped: bool = False
     effective_rank: float | None
     """Of the features of a step's images on rank 0, 1 to their width; None where not measured."""
+    alignment: float | None = None
+    """Mean squared distance of positives, 0-4, of the embeddings on rank 0."""
+    uniformity: float | None = None
+    """log of the mean of exp(-2 squared distance) of their pairs, 0 (all equal) down to -4."""
+    knn_accuracy: float | None = None
+    """Share of held-out images whose nearest neighbour is of the same caption."""
     images_seen: int
     """Views trained on since the run began."""
     images_per_s: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from datetime import UTC, datetime
 from typing import Self
@@ -50,16 +51,21 @@ class RunRecorder:
         """Append the step's line."""
         now = time.monotonic()
         views = self._record.views_per_step
+        judged = result.health
         if self._metrics is not None:
             committed = self._stream.images_committed
             self._metrics.write(
                 StepMetrics(
                     step=step,
                     time=datetime.now(UTC),
-                    loss=result.loss,
+                    loss=_finite(result.loss),
                     lr=result.lr,
-                    gradient_norm=result.gradient_norm,
-                    effective_rank=result.effective_rank,
+                    gradient_norm=_finite(result.gradient_norm),
+                    terms={n: v for n, v in result.terms.items() if math.isfinite(v)},
+                    is_skipped=result.is_skipped,
+                    effective_rank=judged and judged.effective_rank,
+                    alignment=judged and judged.alignment,
+                    uniformity=judged and judged.uniformity,
                     images_seen=step * views,
                     images_per_s=views / (now - self._last_step_at),
                     wait_s=wait_s,
@@ -87,3 +93,7 @@ class RunRecorder:
             keep_every=self._settings.keep_every_steps,
         )
         _log.info("checkpoint_saved", extra={"step": step, "path": str(path)})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -26,13 +26,28 @@ class RunRecord(_Record):
     @property
     def images_per_caption(self) -> int:
         """Stored images that one use of a caption takes."""
-        default = 1 if self.request.objective == "simclr" else 4
+        default = 1 if self.request.objective in ("simclr", "clip") else 4
         return self.request.images_per_caption or default
 
     @property
     def views_per_image(self) -> int:
-        """Crops of each drawn image."""
+        """Crops of each drawn image that are views in their own right."""
         return 2 if self.request.objective == "simclr" else 1
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the text of captions is trained on."""
+        return self.request.objective in ("clip", "stablerep+")
+
+    @property
+    def small_crops_per_image(self) -> int:
+        """Small crops of each drawn image, beside its views."""
+        return self.request.synclr.crops_per_image if self.request.objective == "synclr" else 0
+
+    @property
+    def held_out(self) -> float:
+        """Share of captions that are not trained on."""
+        return self.request.knn_held_out if self.request.knn_every else 0.0
 
     @property
     def views_per_step(self) -> int:

@@ -2,9 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
+from torch.nn import functional as F
+
+# Rows that are judged: the cost of an eigendecomposition and of all pairs stays bounded.
+_MAX_ROWS = 2048
+_UNIFORMITY_EXPONENT = 2.0
+
+
+class Health(NamedTuple):
+    """Signs of collapse, early and late."""
+
+    effective_rank: float
+    alignment: float | None
+    uniformity: float
+
+
+def health(
+    features: Float[Tensor, "rows dim"],
+    embeddings: Float[Tensor, "rows embedding_dim"],
+    caption_ids: Integer[Tensor, " rows"],
+) -> Health:
+    """All measures, of the first 2,048 rows; features are what is kept, embeddings what is lost."""
+    unit = F.normalize(embeddings.detach()[:_MAX_ROWS].double(), dim=1)
+    ids = caption_ids[:_MAX_ROWS].to(unit.device)
+    return Health(effective_rank(features[:_MAX_ROWS]), alignment(unit, ids), uniformity(unit))
+
+
+def alignment(
+    unit: Float[Tensor, "rows dim"], caption_ids: Integer[Tensor, " rows"]
+) -> float | None:
+    """Mean squared distance of positives, 0 to 4; None where there are none.
+
+    Wang and Isola 2020, as is `uniformity`. Rows are unit vectors.
+    """
+    is_positive = caption_ids[:, None] == caption_ids[None, :]
+    is_positive.fill_diagonal_(False)
+    if not is_positive.any():
+        return None
+    return float((2 - 2 * (unit @ unit.T)[is_positive]).mean())
+
+
+def uniformity(unit: Float[Tensor, "rows dim"]) -> float:
+    """log of the mean over pairs of exp(-2 * squared distance): from 0, all equal, down to -4.
+
+    Lower is more uniform. Rows are unit vectors, at least two.
+    """
+    pairs = torch.pdist(unit).square()
+    return float(torch.exp(-_UNIFORMITY_EXPONENT * pairs).mean().log())
 
 
 def effective_rank(features: Float[Tensor, "rows dim"]) -> float:
@@ -26,5 +75,5 @@ def effective_rank(features: Float[Tensor, "rows dim"]) -> float:
 
 def spread(embeddings: Float[Tensor, "rows dim"]) -> float:
     """Half the mean squared distance of the normalised embeddings: 0 if all point one way, to 1."""
-    unit = torch.nn.functional.normalize(embeddings.detach().double(), dim=1)
+    unit = F.normalize(embeddings.detach().double(), dim=1)
     return float(1 - unit.mean(dim=0).square().sum())

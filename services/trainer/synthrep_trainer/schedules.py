@@ -5,6 +5,26 @@ resumed run needs no schedule state: the step says it all.
 """
 
 import math
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """What one update uses."""
+
+    lr: float
+    weight_decay: float = 0.0
+    """Of matrices; the rest does not decay."""
+    ema_decay: float | None = None
+    """Weight that a moving average keeps of itself; None without one."""
+
+
+def linear(step: int, *, start: float, end: float, num_steps: int) -> float:
+    """A straight line from `start` at step 0 to `end` at step `num_steps`, and `end` after it.
+
+    Args:
+        num_steps: updates the change takes; 0 for none, which gives `end` at once.
+    """
+    return end if step >= num_steps else start + (end - start) * step / num_steps
 
 
 def cosine(step: int, *, start: float, end: float, num_steps: int) -> float:

@@ -2,7 +2,7 @@
 
 A shard is a plain tar of `<gid>-<k>.<suffix>` images with a `<gid>-<k>.json` beside each. What the
 commit log says of it (bytes, sha256, groups, images, caption ids) is checked against the whole
-file; what stays in memory is 13 bytes an image and 12 a group. Images are then read by `pread`, with
+file; what stays in memory is 13 bytes an image, 12 a group. Images are then read by `pread`, with
 one `open` a group, so that no number of shards meets a limit on open files or mapped memory.
 """
 

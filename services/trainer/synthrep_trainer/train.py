@@ -24,27 +24,20 @@ import torch
 
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.storage import DatasetPaths
-from synthrep_trainer import distributed
-from synthrep_trainer.augment import AugmentConfig
-from synthrep_trainer.batches import BatchLoader, ViewPlan
+from synthrep_trainer import distributed, recipe
+from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
 from synthrep_trainer.devices import choose_device
-from synthrep_trainer.encoder import EncoderConfig
 from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, TrainingStoppedError
-from synthrep_trainer.learner import Learner, LearnerConfig
+from synthrep_trainer.learner import Learner
 from synthrep_trainer.loop import Plan, train
-from synthrep_trainer.order import SamplingPlan
 from synthrep_trainer.recorder import RunRecorder
-from synthrep_trainer.records import Failure, RunRecord
+from synthrep_trainer.records import Failure
 from synthrep_trainer.runs import RunFolder, locked
-from synthrep_trainer.schedules import warmup_cosine_lr
 from synthrep_trainer.settings import TrainerSettings
 from synthrep_trainer.shard_stream import Cursor, ShardStream
 
 _log = logging.getLogger(__name__)
-# The published head is wide for ViT-S and larger; it would outweigh the small encoder ten times.
-_PROJECTION_HIDDEN = {"vit_synthrep_tiny": 1024}
-_PUBLISHED_PROJECTION_HIDDEN = 4096
 _PERMANENT = (RunError, TrainingStoppedError, ValueError)
 
 
@@ -56,7 +49,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     """
     record = folder.record
     device = choose_device(settings.device)
-    learner = Learner(learner_config(record), device)
+    learner = Learner(recipe.learner_config(record, device.type), device)
     checkpoint = _load_newest_of_rank_0(folder)
     step, cursor = 0, Cursor()
     if checkpoint is not None:
@@ -65,7 +58,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     stream = ShardStream(
         DatasetPaths(settings.root, record.request.dataset),
         folder.path,
-        sampling_plan(record),
+        recipe.sampling_plan(record),
         step=step,
         cursor=cursor,
         rank=distributed.rank(),
@@ -77,61 +70,17 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     recorder = RunRecorder(folder, settings, learner, stream, step=step)
     loader = BatchLoader(
         stream,
-        view_plan(record),
+        recipe.view_plan(record, patch_size_px=learner.best_encoder.patch_size_px),
         last_step=record.max_steps,
         threads=settings.loader_threads,
         prefetch=settings.prefetch_batches,
         pin=device.type == "cuda",
     )
-    lr_at = partial(
-        _lr_at,
-        peak_lr=record.request.lr,
-        warmup_steps=int(record.request.warmup_fraction * record.max_steps),
-        total_steps=record.max_steps,
-    )
-    plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, lr_at)
+    rates_at = partial(recipe.rates, record)
+    plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, rates_at)
     _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
     with recorder, loader:
         return train(learner, loader, recorder, plan, should_stop=should_stop)
-
-
-def learner_config(record: RunRecord) -> LearnerConfig:
-    """What a run's request makes of the learner."""
-    request = record.request
-    encoder = EncoderConfig(
-        model=request.model,
-        image_size_px=request.image_size,
-        projection_hidden=_PROJECTION_HIDDEN.get(request.model, _PUBLISHED_PROJECTION_HIDDEN),
-    )
-    return LearnerConfig(
-        encoder=encoder,
-        seed=request.seed,
-        temperature=request.temperature,
-        weight_decay=request.weight_decay,
-        rows_per_caption=record.images_per_caption * record.views_per_image,
-    )
-
-
-def sampling_plan(record: RunRecord) -> SamplingPlan:
-    """What a run's request makes of the order of its data."""
-    request = record.request
-    return SamplingPlan(
-        seed=request.seed,
-        captions_per_batch=request.captions_per_batch,
-        images_per_caption=record.images_per_caption,
-        min_fill_groups=request.min_fill_groups or request.captions_per_batch,
-        max_uses_per_image=request.max_uses_per_image,
-    )
-
-
-def view_plan(record: RunRecord) -> ViewPlan:
-    """What a run's request makes of its views."""
-    return ViewPlan(
-        record.request.seed,
-        record.images_per_caption,
-        record.views_per_image,
-        AugmentConfig.for_image_size(record.request.image_size),
-    )
 
 
 def main() -> None:
@@ -159,13 +108,6 @@ def main() -> None:
         folder.write_failure(Failure(error=words, is_permanent=is_permanent))
         sys.exit(1)
     _log.info("training_ended", extra={"run": folder.id, "is_completed": is_completed})
-
-
-def _lr_at(step: int, *, peak_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """The rate of the update that is step number `step`, from 1."""
-    return warmup_cosine_lr(
-        step - 1, peak_lr=peak_lr, warmup_steps=warmup_steps, total_steps=total_steps
-    )
 
 
 def _load_newest_of_rank_0(folder: RunFolder) -> Checkpoint | None:

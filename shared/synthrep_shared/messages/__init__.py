@@ -46,6 +46,8 @@ from synthrep_shared.messages.training import (
     ProbeView,
     RunRequest,
     RunView,
+    SynclrOptions,
+    TextOptions,
 )
 
 __all__ = [
@@ -86,6 +88,8 @@ __all__ = [
     "ShardEvent",
     "ShardView",
     "State",
+    "SynclrOptions",
+    "TextOptions",
     "UploadAccepted",
     "WorkerView",
     "clean_prompt",

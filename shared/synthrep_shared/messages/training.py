@@ -9,8 +9,52 @@ from pydantic import Field, model_validator
 
 from synthrep_shared.messages.fields import Answer, DatasetName, ProbeSetName, Request, State
 
-Objective = Literal["stablerep", "simclr"]
+Objective = Literal["stablerep", "stablerep+", "simclr", "clip", "synclr"]
 _MAX_COUNT = 10**9 - 1  # the steps that a checkpoint's name has room for
+
+
+class TextOptions(Request):
+    """Sizes of the text tower of `clip` and `stablerep+`; CLIP's are 512, 12, 8, 512."""
+
+    width: int = Field(default=128, ge=8, le=4096)
+    """Dimension of its tokens."""
+    layers: int = Field(default=2, ge=1, le=64)
+    heads: int = Field(default=4, ge=1, le=64)
+    """Attention heads a layer; they divide the width."""
+    dim: int = Field(default=128, ge=2, le=4096)
+    """Dimension of the space that images and texts share."""
+    context: int = Field(default=128, ge=8, le=1024)
+    """Bytes of a caption that are read, and two."""
+
+    @model_validator(mode="after")
+    def _is_divided(self) -> TextOptions:
+        if self.width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+        return self
+
+
+class SynclrOptions(Request):
+    """Sizes and rates of `synclr`; the paper has 4, 4096, 256, 2048, 256, 65536."""
+
+    crops_per_image: int = Field(default=2, ge=1, le=16)
+    """Small crops of each image, beside the view."""
+    crop_size: int | None = Field(default=None, ge=8, le=512)
+    """Side of a small crop, px, a multiple of the patch; None: about 3/7 of the view's."""
+    hidden: int = Field(default=512, ge=8, le=16384)
+    """Width of the hidden layers of projector and predictor."""
+    dim: int = Field(default=128, ge=2, le=4096)
+    """Dimension of the embeddings."""
+    patch_hidden: int = Field(default=256, ge=8, le=16384)
+    """Width of the hidden layers of the head of masked patches."""
+    bottleneck: int = Field(default=64, ge=2, le=4096)
+    """Dimension in which patches meet prototypes."""
+    prototypes: int = Field(default=512, ge=2, le=2**20)
+    masked_images: float = Field(default=0.5, gt=0, le=1)
+    """Share of the images that have masked patches."""
+    masked_patches: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the patches that are masked in them."""
+    teacher_warmup_steps: int = Field(default=4000, ge=0, le=_MAX_COUNT)
+    """Steps in which the teacher's temperature rises from 0.04 to 0.07."""
 
 
 class RunRequest(Request):
@@ -19,13 +63,15 @@ class RunRequest(Request):
     dataset: DatasetName
     """Data set whose commit log is followed; it may still be empty."""
     objective: Objective = "stablerep"
-    """`stablerep`: images of one caption are positives; `simclr`: two crops of one image are."""
+    """What are positives. `stablerep`: images of one caption; `simclr`: two crops of one image;
+    `clip`: an image and its caption; `stablerep+`: the first and the third; `synclr`: as the first,
+    against an averaged teacher, with small crops and masked modelling."""
     model: str = Field(default="vit_synthrep_tiny", max_length=100, pattern=r"^[a-z0-9_.]+$")
     """`vit_synthrep_tiny` (width 128, depth 6, patch 4) or a vision transformer of timm."""
     image_size: int = Field(default=32, ge=16, le=512)
     """Side of the training crop, px."""
     images_per_caption: int | None = Field(default=None, ge=1, le=64)
-    """Images drawn per caption and step, without replacement; None: 4, of simclr 1."""
+    """Images drawn per caption and step, without replacement; None: 4, of simclr and clip 1."""
     captions_per_batch: int = Field(default=64, ge=2, le=8192)
     """Captions per step, over all ranks."""
     max_steps: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
@@ -38,10 +84,40 @@ class RunRequest(Request):
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.1, ge=0, le=1)
     """Weight decay of AdamW, on matrices only."""
+    final_weight_decay: float | None = Field(default=None, ge=0, le=1)
+    """What weight decay becomes along a cosine; None: it stays."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of AdamW's second moment; None: 0.98, of synclr 0.999."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Part of the steps with a linearly rising learning rate; a cosine to 0 follows."""
     temperature: float = Field(default=0.1, gt=0, le=10)
-    """Temperature of the contrastive loss."""
+    """Temperature of the contrastive loss; that of image and text is learned."""
+    image_weight: float = Field(default=1.0, ge=0, le=1000)
+    """Weight of the loss of images among each other in stablerep+."""
+    text_weight: float = Field(default=1.0, ge=0, le=1000)
+    """Weight of the loss of images and texts in stablerep+."""
+    text: TextOptions = TextOptions()
+    synclr: SynclrOptions = SynclrOptions()
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1)
+    """Greatest rate of stochastic depth."""
+    downsample_probability: float = Field(default=0.0, ge=0, le=1)
+    """Chance that a view loses resolution first; 0.05 in the paper's variant."""
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of a moving average of the weights, which probes then judge; None: there is none, of
+    synclr 0.994."""
+    ema_final_decay: float | None = Field(default=None, ge=0, le=1)
+    """What that decay becomes along a cosine; None: it stays, of synclr 1."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Norm above which a gradient is scaled down to it; None leaves gradients alone."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is no number does: end the run, or skip its step."""
+    max_skipped_steps: int = Field(default=10, ge=1, le=_MAX_COUNT)
+    """Steps in a row that may be skipped before the run ends all the same."""
+    micro_batch_images: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
+    """Images that a device sees at a time, in whole captions; gradients stay those of the batch.
+    None: all at once."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of encoder and heads; auto: bf16 on CUDA, else fp32. Losses are always fp32."""
     min_fill_groups: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
     """Groups that must be committed before the first step; None: one batch of captions."""
     max_uses_per_image: int = Field(default=100, ge=1, le=_MAX_COUNT)
@@ -52,6 +128,11 @@ class RunRequest(Request):
     """Steps between probes of the newest checkpoint; None: no probes during the run."""
     probe_datasets: list[ProbeSetName] = Field(default=[], max_length=20)
     """Labelled sets of the probes during the run, see `GET /v1/probe-datasets`."""
+    knn_every: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
+    """Steps between looks at held-out captions: how often the nearest image is of the same one.
+    None: no caption is held out."""
+    knn_held_out: float = Field(default=0.02, gt=0, le=0.5)
+    """Share of captions, by their ids, that are held out from training for that."""
 
     @model_validator(mode="after")
     def _has_an_end_and_sets_to_probe(self) -> RunRequest:
@@ -100,6 +181,8 @@ class ProbeRequest(Request):
     """Name of a labelled set, see `GET /v1/probe-datasets`."""
     protocol: Literal["linear", "knn"] = "linear"
     """How frozen features are judged."""
+    weights: Literal["auto", "last", "ema"] = "auto"
+    """Which encoder: of the last step, or averaged; auto: averaged where the checkpoint has it."""
 
     @model_validator(mode="after")
     def _names_one_checkpoint(self) -> ProbeRequest:
