@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from synthrep_shared.errors import StorageError
 
-ATTEMPTS = 8
+ATTEMPTS = 6
 READ_TIMEOUT_S = 30.0
 PART_BYTES = 16 << 20
 _CONNECT_TIMEOUT_S = 5.0

@@ -126,7 +126,7 @@ class ObjectPath:
         """The object as a seekable stream that reads ahead; only `rb`, buffered as it likes."""
         if mode != "rb":
             raise ValueError("objects are written whole; see create() and replace()")
-        return io.BufferedReader(ObjectStream(self.read_range, self.stat().st_size))
+        return io.BufferedReader(ObjectStream(self.read_range))
 
     def create(self, content: bytes | Path) -> bool:
         """Write bytes or a local file under this name if it is free; False if it is not."""

@@ -13,34 +13,44 @@ _FIRST_READ_BYTES, _MAX_READ_BYTES = 64 << 10, 4 << 20
 class ObjectStream(io.RawIOBase):
     """Reads by range, twice as far ahead each time while it is read in order."""
 
-    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
-        """`read_range` gives so many bytes from a position on, fewer at the end."""
-        self._read_range, self._size = read_range, size
-        self._position = self._start = 0
-        self._ahead = b""
-        self._step = 0
+    def __init__(self, read_range: Callable[[int, int], bytes]) -> None:
+        """`read_range` gives so many bytes from a position on, fewer at the end; it is called now.
+
+        Whatever it raises comes from here and from reading.
+        """
+        self._read_range = read_range
+        self._position = 0
+        self._fetch(_FIRST_READ_BYTES)
 
     def readable(self) -> bool:
+        """It can be read."""
         return True
 
     def seekable(self) -> bool:
+        """It can be read from anywhere."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + offset
+        """Go on at a byte, counted from the start or from here."""
+        if whence == os.SEEK_END:
+            raise io.UnsupportedOperation("the end of an object is found by reading")
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Read at most as much as the buffer takes, nothing at the end."""
         place = self._position - self._start
         if not 0 <= place < len(self._ahead):
-            if self._position >= self._size:
+            if place == len(self._ahead) < self._step:
                 return 0
-            step = 2 * self._step if place == len(self._ahead) else 0
-            self._step = min(max(step, _FIRST_READ_BYTES), _MAX_READ_BYTES)
-            self._ahead = self._read_range(self._position, self._step)
-            self._start, place = self._position, 0
+            in_order = place == len(self._ahead)
+            self._fetch(min(2 * self._step, _MAX_READ_BYTES) if in_order else _FIRST_READ_BYTES)
+            place = 0
         piece = self._ahead[place : place + len(buffer)]
         buffer[: len(piece)] = piece
         self._position += len(piece)
         return len(piece)
+
+    def _fetch(self, num_bytes: int) -> None:
+        self._start, self._step = self._position, num_bytes
+        self._ahead = self._read_range(self._position, num_bytes)
