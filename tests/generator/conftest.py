@@ -23,7 +23,7 @@ from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef
 from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.samples import SampleMetadata, caption_id, image_seed, member_name
-from synthrep_shared.storage import DatasetPaths
+from synthrep_shared.storage import DatasetPaths, Location, publish_bytes
 
 
 @dataclass
@@ -62,7 +62,7 @@ class DatasetMaker:
 
     created_at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
-    def __init__(self, root: Path, name: str = "pets") -> None:
+    def __init__(self, root: Location, name: str = "pets") -> None:
         self.paths = DatasetPaths(root, name)
         self.paths.make_folders()
         self.log = CommitLog(self.paths.log)
@@ -108,7 +108,7 @@ class DatasetMaker:
 
         def publish(seq: int) -> str:
             name = f"{seq:08d}-{sha256[:12]}.tar"
-            (self.paths.shards / name).write_bytes(data)
+            assert publish_bytes(data, self.paths.shards / name)
             return name
 
         return self.log.append(
