@@ -12,6 +12,8 @@ from synthrep_generator.pipelines.family import Embeddings, Family, Text, rows
 from synthrep_generator.synthesis import CaptionFit
 
 _SANA_TOKENS = 300
+# Captions, sizes and embeddings are taken as they come, nothing in their place.
+_AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
 
 
 class PixArt(Family):
@@ -21,7 +23,7 @@ class PixArt(Family):
     texts_at_once = 16
     tokens: ClassVar[int] = 120
     step_argument = "callback"
-    arguments: ClassVar[dict[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
+    arguments: ClassVar[dict[str, Any]] = _AS_GIVEN
 
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
         """See Family."""
@@ -54,9 +56,7 @@ class Sana(Family):
 
     samplers = ("dpm++", "flow-match")
     texts_at_once = 16
-    arguments: ClassVar[dict[str, Any]] = {
-        **Family.arguments, "use_resolution_binning": False, "clean_caption": False,
-    }  # fmt: skip
+    arguments: ClassVar[dict[str, Any]] = {**Family.arguments, **_AS_GIVEN}
 
     @property
     def noise_dtype(self) -> torch.dtype:

@@ -109,7 +109,7 @@ def _fuse_loras(pipeline: Any, model: ModelConfig) -> None:
             raise ModelFilesMissingError(f"cannot read the LoRA {file}: {error}") from error
         try:
             pipeline.load_lora_weights(weights)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (LookupError, ValueError, RuntimeError) as error:
             raise ModelConfigError(f"the LoRA {file} does not fit the model: {error}") from error
         if not pipeline.get_active_adapters():
             raise ModelConfigError(f"the LoRA {file} has no weights of the model's layers")
