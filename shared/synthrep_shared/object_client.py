@@ -7,6 +7,7 @@ from the usual `AWS_…` environment variables.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,7 @@ def s3_client() -> Any:
         max_pool_connections=_CONNECTIONS,
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
     )
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found credentials
     region = os.environ.get("AWS_REGION")  # botocore itself knows AWS_DEFAULT_REGION only
     return get_session().create_client("s3", region_name=region, config=config)
 
