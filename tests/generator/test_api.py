@@ -137,6 +137,8 @@ def test_without_redis_files_answer_and_work_is_taken_in(client, backlog):
     assert client.get("/healthz").status_code == 200
     metrics = client.get("/metrics")
     assert "synthrep_generator_redis_up 0.0" in metrics.text
+    (age,) = re.findall(r"^synthrep_generator_oldest_unfinished_seconds (.+)$", metrics.text, re.M)
+    assert float(age) == 0.0  # all of it was cancelled
 
 
 def test_life_of_a_batch_is_told_from_its_files(client, pets, backlog):

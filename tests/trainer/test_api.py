@@ -330,6 +330,17 @@ def test_numbers_for_prometheus(api, place):
     assert f'synthrep_trainer_run_step{{run="{folder.id}"}} 3.0' in text
 
 
+def test_prometheus_sees_the_newest_value_of_each_probe(api, place):
+    run_id = api.post("/v1/runs", json=RUN).json()["id"]
+    request = ProbeRequest(run_id=run_id, dataset="digits", protocol="knn")
+    for value in (0.5, 0.75):
+        folder = place.submit_probe(request)
+        folder.result.write_text(json.dumps({"metric": "accuracy", "value": value}))
+        folder.write_status(Status(state="completed"))
+    sample = f'synthrep_trainer_probe_value{{dataset="digits",protocol="knn",run="{run_id}"}} 0.75'
+    assert sample in api.get("/metrics").text
+
+
 def test_storage_that_fails_is_503(api, settings):
     (settings.runs / "runs").rmdir()
     (settings.runs / "runs").write_text("a file")

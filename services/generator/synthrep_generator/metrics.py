@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from synthrep_generator.backlog import Snapshot
 from synthrep_generator.context import Context
 from synthrep_generator.errors import BacklogUnknownError
-from synthrep_generator.progress import DatasetIndex
+from synthrep_generator.progress import DatasetIndex, utc_now
 from synthrep_generator.routes_service import workers_wanted
 from synthrep_shared.asgi import (
     App,
@@ -32,6 +32,7 @@ from synthrep_shared.asgi import (
     principal_of,
     problem_answers,
 )
+from synthrep_shared.storage import free_bytes
 
 router = APIRouter(tags=["service"])
 _PREFIX = "synthrep_generator_"
@@ -48,7 +49,9 @@ class ProgressCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The families, fresh."""
-        yield from self._datasets(self._context.catalog.datasets())
+        indexes = self._context.catalog.datasets()
+        yield from self._datasets(indexes)
+        yield from self._limits(indexes)
         wanted = GaugeMetricFamily(_PREFIX + "workers_wanted", "Workers the unfinished work wants.")
         wanted.add_metric([], workers_wanted(self._context))
         yield wanted
@@ -83,6 +86,30 @@ class ProgressCollector(Collector):
             for name, family in families.items():
                 family.add_metric([index.name], getattr(totals, name))
         yield from (prompts, accepted, *families.values())
+
+    def _limits(self, indexes: list[DatasetIndex]) -> Iterator[Metric]:
+        """What an operator is to be told of before it hurts."""
+        now = utc_now()
+        waits_s = [
+            (now - batch.created_at).total_seconds()
+            for index in indexes
+            if index.totals().unfinished
+            for batch in index.batches()
+            if batch.unfinished
+        ]
+        settings = self._context.settings
+        gauges = {
+            "oldest_unfinished_seconds": (
+                "Age of the oldest unfinished batch.",
+                max(waits_s, default=0),
+            ),
+            "disk_free_bytes": ("Free space for files in the making.", free_bytes(settings.root)),
+            "disk_reserve_bytes": ("Free space below which work waits.", settings.reserve_bytes),
+        }
+        for name, (text, value) in gauges.items():
+            family = GaugeMetricFamily(_PREFIX + name, text)
+            family.add_metric([], value)
+            yield family
 
     def _redis(self) -> Iterator[Metric]:
         up = GaugeMetricFamily(_PREFIX + "redis_up", "Whether Redis answers.")

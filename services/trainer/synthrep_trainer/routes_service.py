@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -15,6 +16,8 @@ from synthrep_shared.asgi import NEEDS_NO_KEY, needs, principal_of, problem_answ
 from synthrep_shared.messages import HealthView
 from synthrep_trainer.context import Context, ContextDep
 from synthrep_trainer.metrics import last_metrics
+from synthrep_trainer.runs import ProbeFolder
+from synthrep_trainer.views import probe_view
 
 router = APIRouter(tags=["service"])
 _PREFIX = "synthrep_trainer_"
@@ -41,7 +44,9 @@ class RunCollector(Collector):
         runs = self._place.runs()
         states = {folder.id: folder.state for folder in runs}
         yield self._by_state("runs", list(states.values()))
-        yield self._by_state("probes", [folder.state for folder in self._place.probes()])
+        probes = self._place.probes()
+        yield self._by_state("probes", [folder.state for folder in probes])
+        yield self._newest_values(probes)
         families = {
             name: GaugeMetricFamily(f"{_PREFIX}run_{name}", text, labels=["run"])
             for name, text in _RUN_GAUGES.items()
@@ -52,6 +57,24 @@ class RunCollector(Collector):
                 if newest is not None:
                     family.add_metric([folder.id], newest[name])
         yield from families.values()
+
+    def _newest_values(self, probes: list[ProbeFolder]) -> Metric:
+        """Of each run, the completed probe asked for last, by what it was judged on."""
+        newest: dict[tuple[str, str, str], float] = {}
+        for folder in probes:
+            if folder.state != "completed":
+                continue
+            with suppress(OSError, ValueError):  # one of another version hides no other
+                view = probe_view(folder)
+                if view.value is not None:
+                    of_run = str(view.request.get("run_id") or "")
+                    newest[of_run, view.dataset, view.protocol] = view.value
+        family = GaugeMetricFamily(
+            _PREFIX + "probe_value", "Newest value.", labels=["run", "dataset", "protocol"]
+        )
+        for labels, value in newest.items():
+            family.add_metric(labels, value)
+        return family
 
     def _by_state(self, name: str, states: list[str]) -> Metric:
         family = GaugeMetricFamily(_PREFIX + name, f"{name.title()} by state.", labels=["state"])
