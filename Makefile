@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := shared services cli models tests $(wildcard benchmarks)
 
-.PHONY: help install format lint types imports manifests test test-long chaos check demo up clean
+.PHONY: help install format lint types imports manifests test test-long chaos e2e-s3 check demo up clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
@@ -42,6 +42,9 @@ test-long: $(STAMP) ## The full counts of every campaign
 
 chaos: $(STAMP) ## The fault campaign: CHAOS_FAULTS=200 CHAOS_SEED=1
 	@CHAOS_FAULTS=$(CHAOS_FAULTS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos
+
+e2e-s3: $(STAMP) ## Data sets in an object store: moto stands for S3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m s3
 
 check: lint types imports test ## Everything that must hold before a change lands
 

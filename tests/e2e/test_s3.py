@@ -126,6 +126,7 @@ def verify(stack: Any) -> None:
     assert report["committed"] + report["cancelled"] == report["accepted"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_while_the_store_fails_a_tenth_of_all_requests(
     service: Any, store: Any
@@ -161,6 +162,7 @@ def batch_is_done(client: httpx.Client, batch: str) -> bool:
     return answer.status_code == 200 and answer.json()["prompts"]["committed"] == 16
 
 
+@pytest.mark.long
 def test_processes_refuse_a_store_that_could_lose_a_commit(
     generator_stack: Callable[..., Any], store: Any, store_root: ObjectPath
 ) -> None:
