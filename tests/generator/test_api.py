@@ -60,6 +60,21 @@ def test_accepted_batch_is_durable_with_the_defaults_of_its_model(client, root, 
     assert client.get(body["links"]["shards"]).status_code == 200
 
 
+def test_gate_is_kept_or_refused_with_what_to_configure(client, root):
+    answer = submit(client, quality_gate={"max_attempts": 2})
+    header = IntakeReader(DatasetPaths(root, "pets"), answer.json()["id"]).header
+    assert header.settings.quality_gate.model_dump() == {
+        "blank": True, "duplicates": True, "safety": False, "min_clip_score": None,
+        "max_attempts": 2,
+    }  # fmt: skip
+    for gate, needed in [({"safety": True}, "SAFETY"), ({"min_clip_score": 0.2}, "CLIP_PATH")]:
+        refused = submit(client, quality_gate=gate)
+        assert refused.status_code == 422
+        assert needed in refused.json()["detail"]
+    for gate in [{"max_attempts": 0}, {"min_clip_score": 2}, {"nsfw": True}, "on"]:
+        assert submit(client, quality_gate=gate).status_code == 422
+
+
 def test_mixture_is_complete_when_it_is_durable(client, root):
     mixture = [{"guidance_scale": 1.5, "weight": 3}, {"scheduler": "euler"}]
     answer = submit(client, mixture=mixture, num_inference_steps=7)

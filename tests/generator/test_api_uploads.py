@@ -48,6 +48,14 @@ def test_upload_is_one_batch_with_the_settings_of_its_query(client, root, backlo
     assert client.get(body["links"]["self"]).json()["prompts"]["queued"] == 2
 
 
+def test_upload_takes_a_gate_as_json(client, root):
+    answer = upload(client, b"a dog", quality_gate='{"blank": false}')
+    header = IntakeReader(DatasetPaths(root, "pets"), answer.json()["id"]).header
+    assert header.settings.quality_gate.blank is False
+    assert upload(client, b"a dog", quality_gate='{"safety": true}').status_code == 422
+    assert upload(client, b"a dog", quality_gate="blank").status_code == 422
+
+
 def test_upload_takes_a_mixture_as_json(client, root):
     mixture = '[{"guidance_scale": 1, "weight": 2}, {"guidance_scale": 4.5}]'
     answer = upload(client, b"a dog\na cat\na hen", mixture=mixture)

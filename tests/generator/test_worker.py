@@ -24,7 +24,7 @@ from synthrep_generator.queues import WorkQueue
 from synthrep_generator.synthesis import ImageTask, paint
 from synthrep_generator.verify import verify_dataset
 from synthrep_shared.failpoints import EXIT_STATUS, NAMES
-from synthrep_shared.messages import MixtureComponent
+from synthrep_shared.messages import MixtureComponent, QualityGate
 from synthrep_shared.samples import image_seed
 from synthrep_shared.storage import sha256_file
 
@@ -124,6 +124,30 @@ def test_a_mixture_is_whole_after_its_worker_was_killed(make: Make) -> None:
     verify(stack)
     assert verify_dataset(stack.paths, now_s=time.time(), min_age_s=0).is_sound
     assert [header.deal.count(c) for c in range(2)] == [10, 20]
+
+
+def test_a_gate_holds_through_a_killed_worker(make: Make) -> None:
+    texts = [f"bird {i}" + " [fake:dim]" * (i % 4 == 0) for i in range(24)]
+    found = []
+    for is_killed in (False, True):
+        stack = make(fake_delay_s=0.02 * is_killed)
+        stack.accept(texts, quality_gate=QualityGate(max_attempts=2))
+        stack.start("reconciler")
+        worker = stack.start("worker")
+        if is_killed:
+            stack.wait_for(lambda stack=stack: len(stack.decided()) >= 6)
+            worker.kill()
+            worker.wait()
+            stack.start("worker")
+        stack.wait_for(lambda stack=stack: len(stack.decided()) == 24)
+        report = verify_dataset(stack.paths, now_s=time.time(), min_age_s=0)
+        assert report.is_sound
+        assert 0 < report.failed < 6
+        failed = {g.index for r in stack.records() if r.kind == "failure" for g in r.groups}
+        shards = {r.sha256 for r in stack.records() if r.kind == "shard"}
+        found.append((failed, shards))
+        stack.stop()
+    assert found[0] == found[1]
 
 
 def test_a_killed_device_process_fails_no_prompt(make: Make) -> None:

@@ -24,6 +24,7 @@ from synthrep_generator.errors import (
     UnknownModelError,
 )
 from synthrep_generator.intake import BatchHeader, IntakeReader, batch_id_from_key, write_batch
+from synthrep_generator.judge_files import check_judges
 from synthrep_generator.quotas import check_quotas
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_shared.keys import Principal
@@ -102,9 +103,13 @@ class Admission:
     def complete(self, asked: GenerationSettings) -> GenerationSettings:
         """The settings with every default of the model, or of a mixture's models, filled in.
 
-        Raises UnknownModelError.
+        Raises UnknownModelError and JudgeMissingError.
         """
-        variants = [fill_defaults(v, self.check_model(v.model)) for v in asked.variants()]
+        variants = []
+        for variant in asked.variants():
+            model = self.check_model(variant.model)
+            check_judges(variant, self._settings, model)
+            variants.append(fill_defaults(variant, model))
         if not asked.mixture:
             return variants[0]
         parts = zip(asked.mixture, variants, strict=True)

@@ -27,6 +27,7 @@ from synthrep_generator.jobs import (
     generate_shard,
     make_request,
 )
+from synthrep_generator.judge_files import SafetyFiles, check_judges, find_safety_checker
 from synthrep_generator.model_files import check_model_files, find_model
 from synthrep_generator.pipe import (
     Beat,
@@ -38,10 +39,12 @@ from synthrep_generator.pipe import (
     RunChunk,
     StopChunk,
 )
+from synthrep_generator.quality_gate import CaptionJudge, Judges, SafetyJudge
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Recipe, Synthesizer
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.logs import configure_logging
+from synthrep_shared.messages import GenerationSettings
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,9 @@ class DeviceProcess:
         self._inbox: queue.SimpleQueue[LoadModel | RunChunk] = queue.SimpleQueue()
         self._alias = ""
         self._synthesizer: Synthesizer | None = None
+        self._safety_files: SafetyFiles | None = None
+        self._safety: SafetyJudge | None = None
+        self._clip: CaptionJudge | None = None
 
     def serve(self) -> None:
         """Run requests one by one; never returns normally."""
@@ -149,14 +155,35 @@ class DeviceProcess:
         )
 
     def _generate(self, request: ShardRequest, synthesizer: Synthesizer) -> JobResult:
+        judges = self._load_judges(request.settings)
         bench = Bench(
             synthesizer=synthesizer,
             model=find_model(self._settings, request.settings.model),
             image_format=self._settings.image_format,
             quality=self._settings.jpeg_quality,
             watch=self._watch,
+            judges=judges,
         )
         return generate_shard(request, bench)
+
+    def _load_judges(self, asked: GenerationSettings) -> Judges:
+        """The models that a batch's gate needs; each stays loaded from its first use on."""
+        gate = asked.quality_gate
+        if gate is None or not (gate.safety or gate.min_clip_score is not None):
+            return Judges()
+        check_judges(asked, self._settings, find_model(self._settings, asked.model))
+        from synthrep_generator.image_judges import ClipScorer, SafetyChecker
+
+        device = self._settings.device
+        if gate.safety:
+            files = find_safety_checker(self._settings, find_model(self._settings, asked.model))
+            if files != self._safety_files:
+                assert files is not None  # else check_judges raises
+                self._safety, self._safety_files = SafetyChecker(files, device=device), files
+        if gate.min_clip_score is not None and self._clip is None:
+            assert self._settings.clip_path is not None  # else check_judges raises
+            self._clip = ClipScorer(self._settings.clip_path, device=device)
+        return Judges(safety=self._safety, caption=self._clip)
 
     def _load(self, alias: str, about: str) -> Synthesizer:
         if self._synthesizer is None or alias != self._alias:

@@ -3,6 +3,7 @@
 SynthRepError
 ├── UnknownModelError      the alias is not configured
 ├── ModelFilesMissingError the alias is configured, its files are not here
+├── JudgeMissingError      the gate needs a model that is not configured
 ├── ModelConfigError       what is configured does not fit the model
 ├── IdempotencyConflictError  the key was used with another body
 ├── IntakeError            an intake file is malformed
@@ -30,6 +31,10 @@ class UnknownModelError(SynthRepError):
 
 class ModelFilesMissingError(SynthRepError):
     """The alias is configured, but its files are not on this machine."""
+
+
+class JudgeMissingError(SynthRepError):
+    """The quality gate of a batch needs a model that is not configured."""
 
 
 class ModelConfigError(SynthRepError):

@@ -7,11 +7,13 @@ log's lock, so a job may run any number of times, anywhere, at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
+from itertools import repeat
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -19,21 +21,17 @@ from pydantic import BaseModel, ConfigDict
 from synthrep_generator.chunks import Chunk, Place
 from synthrep_generator.dataset_files import DatasetFiles
 from synthrep_generator.errors import IntakeError, PermanentPromptError
-from synthrep_generator.failure_writer import Failure, record_failures
+from synthrep_generator.failure_writer import record_failures
+from synthrep_generator.quality_gate import Candidate, Gate, Judges
 from synthrep_generator.settings import ModelConfig
 from synthrep_generator.shard_writer import Member, ShardWriter, encode_image, publish_shard
-from synthrep_generator.synthesis import (
-    ImageTask,
-    Pixels,
-    Recipe,
-    Synthesizer,
-    recipe_from_settings,
-)
+from synthrep_generator.shelf import Group, Shelf, Shot
+from synthrep_generator.synthesis import ImageTask, Pixels, Synthesizer, recipe_from_settings
 from synthrep_shared.commit_log import GroupRef
 from synthrep_shared.errors import AlreadyDecidedError
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.messages import GenerationSettings
-from synthrep_shared.samples import SampleMetadata, caption_id, image_seed, member_name
+from synthrep_shared.samples import SampleMetadata, caption_id, member_name
 
 _ENCODERS = 2  # threads; encoding costs a small part of what the device needs for an image
 
@@ -59,16 +57,6 @@ class Watch(Protocol):
 
 
 @dataclass(frozen=True)
-class Group:
-    """One prompt to make images of."""
-
-    place: Place
-    gid: str
-    prompt: str
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ShardRequest:
     """Groups of one data set with equal settings that had no outcome when the request was made."""
 
@@ -86,16 +74,18 @@ class Bench:
     image_format: str
     quality: int
     watch: Watch
+    judges: Judges = field(default_factory=Judges)
 
 
 class JobResult(BaseModel):
-    """What a job decided, in prompts, and the images it committed."""
+    """What a job decided, in prompts, the images it committed, and those refused, by check."""
 
     model_config = ConfigDict(frozen=True)
 
     committed: int = 0
     failed: int = 0
     images: int = 0
+    filtered: dict[str, int] = {}
 
 
 def make_request(chunk: Chunk, files: DatasetFiles) -> ShardRequest | None:
@@ -113,12 +103,8 @@ def make_request(chunk: Chunk, files: DatasetFiles) -> ShardRequest | None:
                 raise IntakeError(f"chunk {chunk.id} mixes prompts of different settings")
             if files.log.outcomes.is_decided(part.batch, index):
                 continue
-            gid = header.gid(index, prompt)
-            seeds = tuple(
-                image_seed(gid, k, request_seed=settings.seed, index=index)
-                for k in range(settings.images_per_prompt)
-            )
-            groups.append(Group(Place(part.batch, index), gid, prompt, seeds))
+            place, gid = Place(part.batch, index), header.gid(index, prompt)
+            groups.append(Group(place, gid, prompt, settings.images_per_prompt, settings.seed))
     return ShardRequest(files, settings, tuple(groups)) if settings and groups else None
 
 
@@ -128,127 +114,136 @@ def generate_shard(request: ShardRequest, bench: Bench) -> JobResult:
     Raises OSError or SynthRepError where the place is to blame and the job may succeed later, and
     whatever the synthesizer raises. Stopped by the watch, it commits the groups that are complete.
     """
-    recipe = recipe_from_settings(request.settings)
+    encode = partial(_members, settings=request.settings, bench=bench)
     folder = request.files.paths.temporary
     with ShardWriter(folder) as writer, ThreadPoolExecutor(_ENCODERS) as pool:
-        shelf = _Shelf(request, bench, recipe, writer, pool)
+        run = _Run(request, bench, Shelf(request.groups, writer, pool, encode))
         try:
-            for tasks in _device_batches(request.groups, bench.synthesizer.batch_images):
-                bench.watch.begin(_places(tasks))
-                images = [ImageTask(group.prompt, group.seeds[k]) for group, k in tasks]
-                shelf.add(tasks, bench.synthesizer.generate(images, recipe, bench.watch.step))
+            run.make_images()
         except JobStoppedError as stop:
             if stop.discard:
                 return JobResult()
-        shelf.finish()
+        run.shelf.finish()
         bench.watch.begin(())
         sealed = _seal(request, writer)
-    failed = record_failures(request.files.paths, request.files.log, shelf.failures)
-    images_made = len(sealed) * request.settings.images_per_prompt
-    return JobResult(committed=len(sealed), failed=failed, images=images_made)
+    failed = record_failures(request.files.paths, request.files.log, run.shelf.failures)
+    images = len(sealed) * request.settings.images_per_prompt
+    return JobResult(
+        committed=len(sealed), failed=failed, images=images, filtered=dict(run.filtered)
+    )
 
 
-def _device_batches(
-    groups: Sequence[Group], device_batch_images: int
-) -> Iterator[list[tuple[Group, int]]]:
-    """The (group, image index) pairs in canonical order, as many at a time as fill the device."""
-    pairs = [(group, k) for group in groups for k in range(len(group.seeds))]
-    for start in range(0, len(pairs), device_batch_images):
-        yield pairs[start : start + device_batch_images]
+_Made = tuple[Shot, Pixels, int]  # and the images of the device pass
 
 
-def _places(tasks: Sequence[tuple[Group, int]]) -> list[Place]:
-    return list(dict.fromkeys(group.place for group, _ in tasks))
+class _Run:
+    """Passes of one job through the device, until each image is kept or its prompt given up."""
 
+    def __init__(self, request: ShardRequest, bench: Bench, shelf: Shelf) -> None:
+        self._bench, self.shelf = bench, shelf
+        self._recipe = recipe_from_settings(request.settings)
+        self._shots = [Shot(group, k) for group in request.groups for k in range(group.num_images)]
+        asked = request.settings.quality_gate
+        self._gate = Gate(asked, bench.judges, capacity=len(self._shots)) if asked else None
+        self.filtered: Counter[str] = Counter()
 
-class _Shelf:
-    """Takes images as they come, encodes them beside the device's work, and writes whole groups."""
+    def make_images(self) -> None:
+        """First all images in canonical order, then those refused, together, with other seeds."""
+        shots = self._shots
+        while shots:
+            refused: list[Shot] = []
+            start = 0
+            while start < len(shots):
+                stop = start + self._bench.synthesizer.batch_images
+                refused += self._pass(shots[start:stop])
+                start = stop
+            shots = [shot.again() for shot in refused if not self.shelf.is_given_up(shot.group)]
 
-    def __init__(
-        self,
-        request: ShardRequest,
-        bench: Bench,
-        recipe: Recipe,
-        writer: ShardWriter,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self._bench, self._writer, self._pool = bench, writer, pool
-        self._describe = partial(_metadata, settings=request.settings, recipe=recipe, bench=bench)
-        self._open: dict[Group, list[Future[list[Member]]]] = {}
-        self.failures: list[Failure] = []
-
-    def add(
-        self,
-        tasks: Sequence[tuple[Group, int]],
-        results: Sequence[Pixels | PermanentPromptError],
-    ) -> None:
-        for (group, k), result in zip(tasks, results, strict=True):
-            future = self._pool.submit(self._members, group, k, result)
-            self._open.setdefault(group, []).append(future)
-        self._write(lambda futures: all(future.done() for future in futures))
-
-    def finish(self) -> None:
-        """Write every group whose images all came; what is not complete is left out."""
-        self._write(lambda _: True)
-
-    def _write(self, is_ready: Callable[[list[Future[list[Member]]]], bool]) -> None:
-        for group, futures in list(self._open.items()):
-            if len(futures) < len(group.seeds) or not is_ready(futures):
-                return
-            del self._open[group]
-            try:
-                members = [member for future in futures for member in future.result()]
-            except PermanentPromptError as error:
-                self.failures.append(
-                    Failure(
-                        gid=group.gid,
-                        batch=group.place.batch,
-                        index=group.place.index,
-                        prompt=group.prompt,
-                        reason=str(error),
-                        attempts=1,
-                    )
-                )
+    def _pass(self, shots: Sequence[Shot]) -> list[Shot]:
+        """Make the images of one pass; returns the shots that were refused."""
+        bench, shelf = self._bench, self.shelf
+        bench.watch.begin(list(dict.fromkeys(shot.group.place for shot in shots)))
+        tasks = [ImageTask(shot.group.prompt, shot.seed) for shot in shots]
+        results = bench.synthesizer.generate(tasks, self._recipe, bench.watch.step)
+        images: list[tuple[Shot, Pixels]] = []
+        for shot, result in zip(shots, results, strict=True):
+            if isinstance(result, PermanentPromptError):
+                shelf.give_up(shot, str(result))
             else:
-                self._writer.add_group(group.gid, members)
+                images.append((shot, result))
+        sizes = _pass_sizes(len(images), bench.synthesizer.batch_images)
+        made = [(*image, size) for image, size in zip(images, sizes, strict=True)]
+        kept, refused = self._judge(made)
+        for shot, pixels, size in kept:
+            if pixels.min() == pixels.max():
+                shelf.give_up(shot, "blank image: every pixel has the same value")
+            else:
+                shelf.put(shot, pixels, size)
+        shelf.write()
+        return refused
 
-    def _members(
-        self, group: Group, image_index: int, result: Pixels | PermanentPromptError
-    ) -> list[Member]:
-        if isinstance(result, PermanentPromptError):
-            raise result
-        if result.min() == result.max():
-            raise PermanentPromptError("blank image: every pixel has the same value")
-        suffix = self._bench.image_format
-        image = encode_image(result, image_format=suffix, quality=self._bench.quality)
-        return [
-            (member_name(group.gid, image_index, suffix), image),
-            (member_name(group.gid, image_index, "json"), self._describe(group, image_index)),
-        ]
+    def _judge(self, made: list[_Made]) -> tuple[list[_Made], list[Shot]]:
+        """What the gate lets pass, and what is to be made again; at the limit it fails."""
+        if self._gate is None:
+            return made, []
+        shown = [Candidate(p, s.group.prompt, s.group.place.batch) for s, p, _ in made]
+        kept, refused = [], []
+        for image, refusal in zip(made, self._gate.review(shown), strict=True):
+            shot = image[0]
+            if refusal is None:
+                kept.append(image)
+                continue
+            self.filtered[refusal.check] += 1
+            if shot.attempt + 1 < self._gate.max_attempts:
+                refused.append(shot)
+            else:
+                self.shelf.give_up(shot, f"filtered: {refusal.reason}")
+        return kept, refused
+
+
+def _pass_sizes(num_images: int, batch_images: int) -> Iterator[int]:
+    """How many images shared the device with each, where it took so many at a time."""
+    for start in range(0, num_images, batch_images):
+        size = min(batch_images, num_images - start)
+        yield from repeat(size, size)
+
+
+def _members(
+    shot: Shot, pixels: Pixels, batch_images: int, *, settings: GenerationSettings, bench: Bench
+) -> list[Member]:
+    """The stored image and its description."""
+    gid, k, suffix = shot.group.gid, shot.image_index, bench.image_format
+    description = _metadata(shot, batch_images, settings=settings, bench=bench)
+    text = json.dumps(description.model_dump(), sort_keys=True).encode()
+    image = encode_image(pixels, image_format=suffix, quality=bench.quality)
+    return [(member_name(gid, k, suffix), image), (member_name(gid, k, "json"), text)]
 
 
 def _metadata(
-    group: Group, image_index: int, *, settings: GenerationSettings, recipe: Recipe, bench: Bench
-) -> bytes:
-    metadata = SampleMetadata(
+    shot: Shot, batch_images: int, *, settings: GenerationSettings, bench: Bench
+) -> SampleMetadata:
+    group, synthesizer, recipe = shot.group, bench.synthesizer, recipe_from_settings(settings)
+    return SampleMetadata(
         caption=group.prompt,
         caption_id=caption_id(group.prompt),
         gid=group.gid,
-        image_index=image_index,
-        seed=group.seeds[image_index],
+        image_index=shot.image_index,
+        seed=shot.seed,
+        attempt=shot.attempt,
         model=settings.model,
-        model_revision=bench.synthesizer.revision,
+        model_revision=synthesizer.revision,
         scheduler=recipe.scheduler,
         num_inference_steps=recipe.num_inference_steps,
         guidance_scale=recipe.guidance_scale,
         negative_prompt=recipe.negative_prompt,
         stored_px=bench.model.store_px,
+        image_quality=None if bench.image_format == "png" else bench.quality,
         generator_version=_generator_version(),
-        dtype=bench.synthesizer.dtype,
+        dtype=synthesizer.dtype,
+        batch_images=batch_images,
         loras=tuple(f"{lora.path.name}@{lora.scale:g}" for lora in bench.model.loras),
-        caption_truncated=bench.synthesizer.caption_fit(group.prompt).is_truncated,
+        caption_truncated=synthesizer.caption_fit(group.prompt).is_truncated,
     )
-    return json.dumps(metadata.model_dump(), sort_keys=True).encode()
 
 
 @cache
@@ -267,7 +262,7 @@ def _seal(request: ShardRequest, writer: ShardWriter) -> list[str]:
             caption_id=caption_id(group.prompt),
             batch=group.place.batch,
             index=group.place.index,
-            images=len(group.seeds),
+            images=group.num_images,
         )
         for group in request.groups
     }

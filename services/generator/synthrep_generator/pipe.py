@@ -65,6 +65,7 @@ class Finished(_Line):
     committed: int
     failed: int
     images: int
+    filtered: dict[str, int]
     stopped: bool
     device_s: float
 

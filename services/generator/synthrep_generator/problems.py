@@ -23,6 +23,7 @@ from synthrep_generator.errors import (
     DiskReserveError,
     HighWaterError,
     IdempotencyConflictError,
+    JudgeMissingError,
     UnknownModelError,
     UploadError,
     UploadTooLargeError,
@@ -34,6 +35,7 @@ RETRY_AFTER_S = 30
 _SOON_S = 2
 _STATUS: dict[type[Exception], tuple[int, int | None]] = {
     UnknownModelError: (422, None),
+    JudgeMissingError: (422, None),
     UploadError: (422, None),
     UploadTooLargeError: (413, None),
     IdempotencyConflictError: (409, None),

@@ -147,6 +147,10 @@ class GeneratorSettings(ServiceSettings):
     """Free disk space below which new batches are refused and workers wait."""
     max_body_bytes: int = Field(default=2 << 20, ge=1024)
     """Cap on a request body, uploads excepted."""
+    clip_path: Path | None = None
+    """Folder of a transformers CLIP model in safetensors; quality gates may ask for its score."""
+    safety_checker_path: Path | None = None
+    """Folder of a safety checker and its preprocessor, before those in the models' own folders."""
     synthesizer: Literal["diffusers", "fake"] = "diffusers"
     """`fake` paints patterns from prompt and seed, for tests of everything around the model."""
     fake_delay_s: float = Field(default=0.0, ge=0)

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -124,7 +124,9 @@ class FakeSynthesizer:
 
     Prompts that contain one of these marks go wrong in its way, at every run:
     `[fake:refuse]` no image can be made, `[fake:blank]` a black image, `[fake:raise]` an exception,
-    `[fake:crash]` the process is gone, `[fake:hang]` the call never returns. A word is a token.
+    `[fake:crash]` the process is gone, `[fake:hang]` the call never returns. At even seeds only,
+    `[fake:dim]` gives an image of next to one colour and `[fake:same]` that of seed 0. A word is
+    a token.
     """
 
     device = "fake"
@@ -163,6 +165,10 @@ class FakeSynthesizer:
             os.kill(os.getpid(), signal.SIGKILL)
         if "[fake:hang]" in task.prompt:
             time.sleep(_FOREVER_S)
+        if "[fake:dim]" in task.prompt and task.seed % 2 == 0:
+            return paint(task, self._store_px) // 64 + 100
+        if "[fake:same]" in task.prompt and task.seed % 2 == 0:
+            return paint(replace(task, seed=0), self._store_px)
         return paint(task, self._store_px)
 
     def _sleep(self, seconds: float, on_step: Callable[[], None]) -> None:
