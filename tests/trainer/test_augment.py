@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torchvision import transforms
 from torchvision.transforms import functional as TF
@@ -351,3 +351,9 @@ def test_one_thread_is_used_once_asked():
         assert cv2.getNumThreads() == 1
     finally:
         cv2.setNumThreads(threads)
+
+
+def test_solarised_levels_are_those_of_pillow(photo):
+    config = replace(IDENTITY, solarise_probability=1.0)
+    expected = np.asarray(ImageOps.solarize(Image.fromarray(photo), 128))
+    assert np.array_equal(augment(photo, config, seed=0), expected)

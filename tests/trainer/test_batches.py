@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -11,6 +12,7 @@ import pytest
 import simplejpeg
 import torch
 
+from synthrep_shared import samples
 from synthrep_trainer.augment import AugmentConfig, augment
 from synthrep_trainer.batches import BatchLoader, ViewPlan, decode
 from synthrep_trainer.errors import BadShardError
@@ -21,7 +23,9 @@ from synthrep_trainer.shard_stream import ShardStream
 AUGMENTATION = AugmentConfig.for_image_size(16)
 
 
-def make_loader(maker, run, *, rank=0, world_size=1, views=1, threads=2, last_step=99, **stream):
+def make_loader(
+    maker, run, *, rank=0, world_size=1, views=1, threads=2, last_step=99, plan_views=None, **stream
+):
     plan = SamplingPlan(
         seed=3, captions_per_batch=4, images_per_caption=2, min_fill_groups=4,
         max_uses_per_image=100,
@@ -29,7 +33,7 @@ def make_loader(maker, run, *, rank=0, world_size=1, views=1, threads=2, last_st
     source = ShardStream(
         maker.paths, run, plan, rank=rank, world_size=world_size, poll_s=0.01, **stream
     )
-    view_plan = ViewPlan(3, 2, views, AUGMENTATION)
+    view_plan = ViewPlan(3, 2, views, AUGMENTATION, **(plan_views or {}))
     return BatchLoader(
         source, view_plan, last_step=last_step, threads=threads, prefetch=2, pin=False
     )
@@ -85,6 +89,38 @@ def test_simclr_pairs_two_crops_under_an_id_of_their_own(shard_maker, tmp_path):
         batch = take(loader, 1)[0].batch
     assert batch.caption_ids.tolist() == [k // 2 for k in range(16)]
     assert not torch.equal(batch.images[0], batch.images[1])
+
+
+def test_small_crops_and_captions_travel_with_their_images(shard_maker, tmp_path):
+    shard_maker.commit(5)
+    crops = replace(AUGMENTATION, image_size_px=8, crop_scale=(0.08, 0.32))
+    more = {"crops_per_image": 3, "crop_augmentation": crops, "text_context": 20}
+    with make_loader(shard_maker, tmp_path / "more", plan_views=more) as loader:
+        batch = take(loader, 2)[1].batch
+    with make_loader(shard_maker, tmp_path / "plain") as loader:
+        plain = take(loader, 2)[1].batch
+    assert torch.equal(batch.images, plain.images)
+    assert (plain.tokens, plain.crops) == (None, None)
+    assert batch.crops.shape == (4 * 2 * 3, 8, 8, 3)
+    assert len({crop.numpy().tobytes() for crop in batch.crops}) == 24
+    captions = bytes_of(batch.tokens)
+    ids = [int(samples.caption_id(caption), 16) for caption in captions]
+    assert batch.caption_ids[::2].tolist() == ids
+
+
+def bytes_of(tokens):
+    return [bytes(t for t in row if t < 256).decode() for row in tokens.tolist()]
+
+
+def test_every_second_image_may_have_its_own_recipe(shard_maker, tmp_path):
+    shard_maker.commit(5)
+    other = replace(AUGMENTATION, solarise_probability=1.0)
+    with make_loader(shard_maker, tmp_path, plan_views={"odd_augmentation": other}) as loader:
+        batch = take(loader, 1)[0].batch
+    with make_loader(shard_maker, tmp_path / "plain") as loader:
+        plain = take(loader, 1)[0].batch
+    assert torch.equal(batch.images[::2], plain.images[::2])
+    assert not torch.equal(batch.images[1::2], plain.images[1::2])
 
 
 def test_an_image_that_cannot_be_decoded_quarantines_its_shard(shard_maker, tmp_path):

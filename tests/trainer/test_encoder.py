@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from synthrep_trainer.encoder import (
@@ -211,3 +212,35 @@ def test_a_step_reaches_every_parameter():
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("model", ["vit_synthrep_tiny", "deit_tiny_distilled_patch16_224"])
+def test_tokens_hold_the_features_and_one_token_a_patch(model):
+    encoder = make_encoder(replace(TINY, model=model, image_size_px=32), seed=0)
+    rows = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = encoder.tokens(rows)
+    torch.testing.assert_close(tokens.features, encoder(rows))
+    assert tokens.patches.shape == (3, encoder.num_patches, encoder.width)
+
+
+def test_other_sizes_take_interpolated_positions():
+    encoder = make_encoder(replace(TINY, image_size_px=32), seed=0)
+    small = make_encoder(replace(TINY, image_size_px=16), seed=1)
+    state = encoder.state_dict()
+    name = "backbone.pos_embed"
+    state[name] = resample_abs_pos_embed(state[name], [4, 4], [8, 8])
+    small.load_state_dict(state)
+    rows = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encoder.tokens(rows).features, small(rows))
+
+
+def test_masked_patches_are_replaced_by_the_mask_token():
+    encoder = make_encoder(TINY, seed=0)
+    rows = torch.randn(2, 3, TINY.image_size_px, TINY.image_size_px)
+    masks = torch.zeros(2, encoder.num_patches, dtype=torch.bool)
+    masks[1] = True
+    token = torch.randn(encoder.width)
+    masked = encoder.tokens(rows, masks, token).features
+    torch.testing.assert_close(masked[0], encoder.tokens(rows).features[0])
+    blank = encoder.tokens(torch.zeros_like(rows), masks, token).features
+    assert torch.equal(masked[1], blank[1])

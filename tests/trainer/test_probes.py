@@ -122,3 +122,22 @@ def test_the_worker_leaves_last_words(monkeypatch, place, settings):
         probes.main()
     assert folder.failure.error == "NoCheckpointError: run gone has no checkpoint yet"
     assert folder.failure.is_permanent
+
+
+@pytest.mark.parametrize(
+    ("weights", "has_average", "seed"),
+    [("auto", True, 8), ("auto", False, 7), ("last", True, 7), ("ema", True, 8)],
+)
+def test_the_averaged_encoder_is_judged_where_there_is_one(tmp_path, weights, has_average, seed):
+    parts = {"encoder": 7} | ({"ema_encoder": 8} if has_average else {})
+    config = EncoderConfig(**ENCODER)
+    tensors = {part: make_encoder(config, seed=s).state_dict() for part, s in parts.items()}
+    save_checkpoint(tmp_path, 1, tensors, {"encoder": ENCODER, "request": {"seed": 5}})
+    _, trained, _ = probes.encoders_of(load_newest(tmp_path), weights)
+    expected = make_encoder(config, seed=seed).state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in trained.state_dict().items())
+
+
+def test_an_averaged_encoder_that_is_not_there_is_an_error(run):
+    with pytest.raises(ValueError, match="holds no averaged encoder"):
+        probes.encoders_of(load_newest(run.checkpoints), "ema")

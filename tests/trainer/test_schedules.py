@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from synthrep_trainer.schedules import cosine, warmup_cosine_lr
+from synthrep_trainer.schedules import cosine, linear, warmup_cosine_lr
 
 RUN = {"peak_lr": 3.2e-3, "warmup_steps": 10, "total_steps": 110}
 
@@ -48,3 +48,9 @@ def test_cosine_runs_both_ways_with_its_middle_half_way():
 def test_impossible_schedules_are_refused(step, warmup_steps, total_steps):
     with pytest.raises(ValueError, match="expected|step"):
         warmup_cosine_lr(step, peak_lr=1.0, warmup_steps=warmup_steps, total_steps=total_steps)
+
+
+def test_a_line_goes_from_start_to_end_and_stays():
+    values = [linear(step, start=0.04, end=0.07, num_steps=3) for step in range(6)]
+    assert values == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
+    assert linear(0, start=0.04, end=0.07, num_steps=0) == 0.07

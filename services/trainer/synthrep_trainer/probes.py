@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,12 +53,22 @@ class FrozenEncoder:
         return torch.cat(features).float().numpy()
 
 
-def encoders_of(checkpoint: Checkpoint) -> tuple[EncoderConfig, Encoder, Encoder]:
-    """How the encoder is made, the encoder as it was saved, and as it was before the first step."""
+def encoders_of(
+    checkpoint: Checkpoint, weights: Literal["auto", "last", "ema"] = "auto"
+) -> tuple[EncoderConfig, Encoder, Encoder]:
+    """How the encoder is made, the encoder as it was saved, and as it was before the first step.
+
+    `auto` takes the averaged encoder where there is one. Raises ValueError if there is none and
+    `weights` asks for it.
+    """
+    is_averaged = weights == "ema" or (weights == "auto" and "ema_encoder" in checkpoint.parts)
+    part = "ema_encoder" if is_averaged else "encoder"
+    if part not in checkpoint.parts:
+        raise ValueError(f"{checkpoint.path} holds no averaged encoder; weights must not be 'ema'")
     config = EncoderConfig(**checkpoint.state["encoder"])
     seed = checkpoint.state["request"]["seed"]
     trained, untrained = make_encoder(config, seed=seed), make_encoder(config, seed=seed)
-    trained.load_state_dict(dict(checkpoint.parts["encoder"]))
+    trained.load_state_dict(dict(checkpoint.parts[part]))
     return config, trained, untrained
 
 
@@ -68,7 +79,7 @@ def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> N
     dataset = probe_datasets(settings.probe_data).get(request.dataset)
     if dataset is None:
         raise ProbeDataError(f"there is no labelled set {request.dataset!r} any more")
-    config, trained, untrained = encoders_of(checkpoint)
+    config, trained, untrained = encoders_of(checkpoint, request.weights)
     device = choose_device(settings.probe_device)
     protocol: ProbeProtocol = LinearProtocol(device=str(device))
     if request.protocol == "knn":

@@ -24,5 +24,6 @@ def seeded(*parts: int, device: torch.device | None = None) -> Iterator[None]:
 
 def seed_of(*parts: int) -> int:
     """One seed of 63 bits from several parts, each at least 0."""
-    low, high = np.random.SeedSequence(parts).generate_state(2)
+    # The number of parts is one of them, since a seed ends as if in zeros.
+    low, high = np.random.SeedSequence((len(parts), *parts)).generate_state(2)
     return int(low) | (int(high) & 0x7FFFFFFF) << 32
