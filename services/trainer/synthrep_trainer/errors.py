@@ -7,6 +7,7 @@ SynthRepError
 ├── IdempotencyConflictError  the key was used with another body
 ├── BadShardError          a committed shard is not what the log says; it was put in quarantine
 ├── NoCheckpointError      there is no checkpoint whose manifest verifies
+├── ExportError            an encoder cannot be handed on as asked
 └── TrainingStoppedError   going on would waste the run
     ├── NonFiniteLossError the loss or its gradient is infinite or not a number
     └── CollapseError      all images have the same embedding
@@ -43,6 +44,10 @@ class BadShardError(SynthRepError):
 
 class NoCheckpointError(SynthRepError):
     """There is no checkpoint whose manifest verifies."""
+
+
+class ExportError(SynthRepError):
+    """An encoder cannot be handed on as asked."""
 
 
 class TrainingStoppedError(SynthRepError):
