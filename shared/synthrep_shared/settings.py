@@ -33,7 +33,8 @@ class ServiceSettings(BaseSettings):
     )
 
     root: Root = Path("runs/data")
-    """Folder or `s3://bucket/prefix` that holds the datasets; services and workers see the same."""
+    """Folder or `s3://bucket/prefix` that holds the datasets; services and workers see the same.
+    A store is reached by AWS_ENDPOINT_URL, AWS_REGION and the credentials of AWS_… variables."""
     copy_bytes: int = Field(default=COPY_BYTES, ge=0)
     """Disk space below `TMPDIR` for copies of shards, where the root is on S3."""
     host: str = "127.0.0.1"

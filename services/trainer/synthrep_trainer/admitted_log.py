@@ -20,6 +20,7 @@ from synthrep_trainer.group_index import GroupIndex
 from synthrep_trainer.order import Integers, SamplingPlan
 from synthrep_trainer.shard_store import ShardStore
 
+_POLL_SHARE = 20  # polls that find nothing may take one part in so many of the time
 _LOG_BEHIND_S = 30.0  # a shared file system may show a rank the log later than rank 0
 
 
@@ -40,6 +41,7 @@ class AdmittedLog:
         self._path, self._journal, self._store, self._plan = paths.log, journal, store, plan
         self._verify_s = verify_s
         self._reader = LogReader(paths.log)
+        self._next_poll = 0.0
         self._unseen: deque[CommitRecord] = deque()  # read from the file
         self._scouted: deque[CommitRecord] = deque()  # and verified, on rank 0
         self._digest = hashlib.sha256()
@@ -128,8 +130,11 @@ class AdmittedLog:
         return self._unseen.popleft()
 
     def _poll(self) -> None:
-        if not self._unseen:
+        started = time.monotonic()
+        if not self._unseen and started >= self._next_poll:
             self._unseen.extend(self._reader.poll())
+            now = time.monotonic()
+            self._next_poll = now if self._unseen else now + _POLL_SHARE * (now - started)
             for record in self._unseen:
                 if record.kind == "shard":
                     self.images_committed += sum(group.images for group in record.groups)

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from synthrep_shared.commit_log import CommitRecord
+from synthrep_shared.errors import StorageError
+from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies
 from synthrep_shared.storage import DatasetPaths, publish_bytes
 from synthrep_trainer.errors import BadShardError
 from synthrep_trainer.group_index import ShardRef
@@ -34,8 +36,11 @@ _log = logging.getLogger(__name__)
 class ShardStore:
     """Reads the shards of one dataset for one run; `verify` and `read` may run in any thread."""
 
-    def __init__(self, paths: DatasetPaths, run_folder: Path) -> None:
-        self._paths = paths
+    def __init__(
+        self, paths: DatasetPaths, run_folder: Path, *, copy_bytes: int = COPY_BYTES
+    ) -> None:
+        """`copy_bytes` is the room for local copies of shards that are in an object store."""
+        self._copies = ShardCopies(paths, max_bytes=copy_bytes)
         self._quarantine = run_folder / "quarantine"
         self._quarantine.mkdir(parents=True, exist_ok=True)
         self._bad = {int(path.stem) for path in self._quarantine.glob("[0-9]*.json")}
@@ -59,10 +64,9 @@ class ShardStore:
         """Verify a shard that was not admitted yet; a bad one goes to quarantine."""
         keys = [GroupKey(g.gid, g.caption_id, g.images) for g in record.groups]
         try:
-            self._layouts[record.seq] = verify_shard(
-                self._paths.shards / record.name,
-                sha256=record.sha256, num_bytes=record.bytes, groups=keys,
-            )  # fmt: skip
+            self._layouts[record.seq] = self._verify(
+                record.name, sha256=record.sha256, num_bytes=record.bytes, groups=keys
+            )
         except ShardMismatchError as error:
             self.quarantine(record.seq, record.name, str(error))
             self._bad.add(record.seq)
@@ -72,22 +76,34 @@ class ShardStore:
         if shard.seq in self._layouts:
             return
         try:
-            self._layouts[shard.seq] = verify_shard(
-                self._paths.shards / shard.name,
-                sha256=shard.sha256, num_bytes=shard.num_bytes, groups=keys,
-            )  # fmt: skip
+            self._layouts[shard.seq] = self._verify(
+                shard.name, sha256=shard.sha256, num_bytes=shard.num_bytes, groups=keys
+            )
         except ShardMismatchError as error:
             raise self.quarantine(shard.seq, shard.name, str(error)) from error
 
     def read(self, shard: ShardRef, place: int, images: Sequence[int]) -> list[Image]:
         """Images of the group at `place` in a verified shard, by their positions in the group."""
-        path = self._paths.shards / shard.name
-        return read_images(path, self._layouts[shard.seq], place, images)
+        return read_images(self._file(shard), self._layouts[shard.seq], place, images)
 
     def caption(self, shard: ShardRef, place: int) -> str:
         """The caption of the group at `place` in a verified shard."""
-        path = self._paths.shards / shard.name
-        return read_caption(path, self._layouts[shard.seq], place)
+        return read_caption(self._file(shard), self._layouts[shard.seq], place)
+
+    def _file(self, shard: ShardRef) -> Path:
+        return self._copies.path(shard.name, sha256=shard.sha256, num_bytes=shard.num_bytes)
+
+    def _verify(
+        self, name: str, *, sha256: str, num_bytes: int, groups: Sequence[GroupKey]
+    ) -> ShardLayout:
+        """See `verify_shard`; a shard in a store is copied first."""
+        try:
+            path = self._copies.path(name, sha256=sha256, num_bytes=num_bytes)
+        except FileNotFoundError:
+            raise ShardMismatchError("the file is missing") from None
+        except StorageError as error:
+            raise ShardMismatchError(str(error)) from error
+        return verify_shard(path, sha256=sha256, num_bytes=num_bytes, groups=groups)
 
     def quarantine(self, seq: int, name: str, reason: str) -> BadShardError:
         """Record durably that the run does not use a shard; gives the error to raise."""

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from synthrep_shared.shard_copies import COPY_BYTES
 from synthrep_shared.storage import DatasetPaths
 from synthrep_trainer.admissions import AdmissionJournal
 from synthrep_trainer.admitted_log import AdmittedLog
@@ -91,6 +92,7 @@ class ShardStream:
         world_size: int = 1,
         poll_s: float = 0.05,
         verify_s: float = 10.0,
+        copy_bytes: int = COPY_BYTES,
     ) -> None:
         """Goes on after `step` batches, at `cursor`.
 
@@ -104,7 +106,7 @@ class ShardStream:
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._poll_s = poll_s
         self._journal = AdmissionJournal(run_folder / "admissions.jsonl", is_writer=rank == 0)
-        self.store = ShardStore(paths, run_folder)
+        self.store = ShardStore(paths, run_folder, copy_bytes=copy_bytes)
         self._log = AdmittedLog(paths, self._journal, self.store, plan, verify_s=verify_s)
         self._step = step
         self._cursor = cursor or Cursor()

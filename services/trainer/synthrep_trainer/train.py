@@ -65,6 +65,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
         world_size=distributed.world_size(),
         poll_s=settings.poll_s,
         verify_s=settings.verify_s,
+        copy_bytes=settings.copy_bytes,
     )
     distributed.barrier()  # see ShardStream: all are made before any of them draws
     recorder = RunRecorder(folder, settings, learner, stream, step=step)
