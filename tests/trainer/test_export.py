@@ -46,6 +46,7 @@ def test_an_export_holds_model_and_origin(checkpoint, tmp_path):
     assert made.greatest_difference < 1e-5
     names = sorted(p.name for p in made.folder.iterdir())
     assert names == ["config.json", "model.safetensors", DESCRIPTION]
+    assert len({p.stat().st_mode for p in made.folder.iterdir()}) == 1
     described = json.loads((made.folder / DESCRIPTION).read_text())
     assert (described["format"], described["step"], described["features"]) == ("timm", 7, 128)
     assert described["preprocessing"]["centre_crop_px"] == 16

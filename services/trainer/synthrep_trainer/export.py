@@ -137,7 +137,9 @@ def _compare(found: Tensor, expected: Tensor) -> float:
 
 
 def _flush(folder: Path) -> None:
+    mode = (folder / DESCRIPTION).stat().st_mode
     for path in folder.iterdir():
+        path.chmod(mode)  # safetensors makes files that only their owner can read
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     sync_folder(folder)
