@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from synthrep_cli import dataset_commands, export_command
+from synthrep_cli import dataset_commands, export_command, regenerate_command
 from synthrep_cli import prompts as prompt_files
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_cli.probe_table import ProbeRow, probe_table
@@ -28,6 +28,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="Look at text-to-image models.", no_args_is_help=True)
 app.add_typer(dataset_commands.app, name="dataset")
 app.add_typer(models_app, name="models")
+app.command("regenerate")(regenerate_command.regenerate)
 app.command()(export_command.export)
 
 _WATCH_S = 1.0

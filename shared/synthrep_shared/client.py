@@ -25,6 +25,7 @@ from synthrep_shared.messages import (
     CheckpointView,
     DatasetView,
     FailureView,
+    GroupView,
     ProbeRequest,
     ProbeView,
     RunRequest,
@@ -134,6 +135,17 @@ class SynthRep(Calls):
     def shard_bytes(self, dataset: str, name: str) -> bytes:
         """A sealed shard, whole."""
         url = f"{self.generator_url}/v1/datasets/{dataset}/shards/{name}"
+        return bytes(self._call("GET", url).content)
+
+    def group(self, gid: str) -> GroupView:
+        """Where the images of a prompt come from."""
+        return GroupView.model_validate(
+            self.request("GET", f"{self.generator_url}/v1/groups/{gid}")
+        )
+
+    def image_bytes(self, gid: str, image_index: int) -> bytes:
+        """One image of a group, as it is stored."""
+        url = f"{self.generator_url}/v1/groups/{gid}/images/{image_index}"
         return bytes(self._call("GET", url).content)
 
     def train(self, run: RunRequest, *, idempotency_key: str | None = None) -> RunView:

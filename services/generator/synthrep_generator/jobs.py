@@ -241,7 +241,7 @@ def _metadata(
         generator_version=_generator_version(),
         dtype=synthesizer.dtype,
         batch_images=batch_images,
-        loras=tuple(f"{lora.path.name}@{lora.scale:g}" for lora in bench.model.loras),
+        loras=bench.model.lora_names,
         caption_truncated=synthesizer.caption_fit(group.prompt).is_truncated,
     )
 

@@ -67,6 +67,11 @@ class ModelConfig(BaseModel):
     licence: str = ""
     """Shown by `GET /v1/models`."""
 
+    @property
+    def lora_names(self) -> tuple[str, ...]:
+        """The LoRA files with their scales, as samples record them."""
+        return tuple(f"{lora.path.name}@{lora.scale:g}" for lora in self.loras)
+
 
 def _tiny() -> dict[str, ModelConfig]:
     """The model that the repository carries, as a user of a checkout has it."""
