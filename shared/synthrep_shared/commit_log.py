@@ -211,7 +211,10 @@ class CommitLog:
                 )  # fmt: skip
                 if self._medium.write(seq, record.model_dump_json().encode()):
                     break
-            self.refresh()
+            if self._reader.seek(seq):
+                self.outcomes.apply(record)
+            else:
+                self.refresh()
             return record
 
     @contextmanager

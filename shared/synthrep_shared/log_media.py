@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -20,11 +19,10 @@ from typing import Protocol
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.object_store import ObjectPath, list_objects
-from synthrep_shared.storage import Location, sync_folder
+from synthrep_shared.storage import Location, map_files, sync_folder
 
 _SEQ_DIGITS = 12  # keeps the order of names that of numbers
 _NUMBERED = re.compile(rf"^([0-9]{{{_SEQ_DIGITS}}})\.json$")
-_READERS = 16  # requests at once
 
 
 class LogMedium(Protocol):
@@ -151,10 +149,9 @@ class LogObjects:
                 break
             num_bytes += entry.num_bytes
             found.append(entry.path)
-        if len(found) < 2:
-            return [path.read_bytes() for path in found], offset
-        with ThreadPoolExecutor(min(_READERS, len(found))) as pool:
-            return list(pool.map(ObjectPath.read_bytes, found)), offset
+        if len(found) == 1:
+            return [found[0].read_bytes()], offset
+        return list(map_files(ObjectPath.read_bytes, found, folder=self._folder)), offset
 
     def write(self, seq: int, line: bytes) -> bool:
         """See LogMedium."""

@@ -15,11 +15,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
@@ -36,6 +37,9 @@ from synthrep_shared.samples import DATASET_PATTERN
 
 _DATASET = re.compile(DATASET_PATTERN)
 _READ_BYTES = 1 << 20
+_REQUESTS = 16  # to a store at once
+S = TypeVar("S")
+T = TypeVar("T")
 
 Location = Path | ObjectPath
 """A file or folder, or an object or the common start of the names of some."""
@@ -189,6 +193,19 @@ def list_files(folder: Location) -> Iterator[StoredFile]:
                 with suppress(FileNotFoundError):
                     if entry.is_file():
                         yield StoredFile(Path(entry.path), entry.stat().st_mtime)
+
+
+def map_files(function: Callable[[S], T], items: Iterable[S], *, folder: Location) -> Iterator[T]:
+    """The results in order, for items that each cost one access to `folder`.
+
+    A disk is asked for one after the other, a store for several at once. Raises what `function`
+    raises.
+    """
+    if isinstance(folder, Path):
+        yield from map(function, items)
+    else:
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            yield from pool.map(function, items)
 
 
 def folder_changed_ns(folder: Location) -> int:

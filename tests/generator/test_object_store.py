@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from synthrep_generator.api import create_app
 from synthrep_generator.dataset_files import OpenDatasets
 from synthrep_generator.feeder import DatasetFeed, cut_chunks
-from synthrep_generator.intake import IntakeReader
+from synthrep_generator.intake import IntakeReader, read_headers
 from synthrep_generator.janitor import remove_leftovers
 from synthrep_generator.repair import repair_dataset
 from synthrep_generator.settings import GeneratorSettings
@@ -257,3 +257,21 @@ def test_nothing_accepted_is_no_data_set(root: ObjectPath) -> None:
         check(DatasetPaths(root, "fish"))
     with pytest.raises(StorageError, match="no data set 'fish'"):
         OpenDatasets(root)["fish"]
+
+
+def test_a_full_spool_refuses_batches(root: ObjectPath, backlog: Any) -> None:
+    settings = GeneratorSettings(root=root, reserve_bytes=1 << 62)
+    with TestClient(create_app(settings, backlog)) as client:
+        answer = client.post("/v1/batches", json={"dataset": "pets", "prompts": PROMPTS})
+    assert answer.status_code == 507
+    assert list(list_objects(root)) == []
+
+
+def test_headers_come_in_parallel_and_a_malformed_one_is_passed_over(pets: Any) -> None:
+    batches = [f"{i:032x}" for i in range(40)]
+    for batch in batches:
+        pets.accept(["a dog"], batch=batch)
+    (pets.paths.intake / "bad.jsonl").create(b"{}\n")
+    headers = dict(read_headers(pets.paths, [*batches, "bad"]))
+    assert headers.pop("bad") is None
+    assert [header.id for header in headers.values() if header] == batches

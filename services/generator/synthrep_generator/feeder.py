@@ -9,20 +9,15 @@ shares, so that models change seldom and groups of all of them come all along.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 
 from synthrep_generator.chunks import Chunk, Place, chunk_from_places
-from synthrep_generator.errors import IntakeError
-from synthrep_generator.intake import BatchHeader, IntakeReader, list_batches, list_paused
+from synthrep_generator.intake import BatchHeader, list_batches, list_paused, read_headers
 from synthrep_shared.commit_log import CommitLog, Outcomes
 from synthrep_shared.storage import DatasetPaths
-
-logger = logging.getLogger(__name__)
-
 
 _TURN_BLOCKS = 8
 
@@ -116,15 +111,11 @@ class DatasetFeed:
         A malformed intake file is passed over; OSError is raised, and the next call tries again.
         """
         self._log.refresh()
-        for batch in set(list_batches(self.paths)) - self._known:
-            try:
-                header = IntakeReader(self.paths, batch).header
-            except IntakeError:
-                logger.exception("intake file skipped", extra={"batch": batch})
-                self._known.add(batch)
-                continue
+        new = set(list_batches(self.paths)) - self._known
+        for batch, header in read_headers(self.paths, new):
             self._known.add(batch)
-            self._batches[batch] = BatchFeed(header, job_images=self._job_images)
+            if header is not None:
+                self._batches[batch] = BatchFeed(header, job_images=self._job_images)
 
     def batches(self) -> list[BatchFeed]:
         """The batches with something left to do, paused ones too."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import cached_property
 
@@ -24,11 +25,13 @@ from synthrep_shared.storage import (
     DatasetPaths,
     Location,
     list_names,
+    map_files,
     publish_bytes,
     publish_file,
     temporary_path,
 )
 
+logger = logging.getLogger(__name__)
 _MARK_EVERY = 256  # lines between remembered byte offsets
 
 
@@ -93,6 +96,24 @@ def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]
 def list_batches(paths: DatasetPaths) -> list[str]:
     """Ids of the accepted batches, in no order."""
     return _stems(paths.intake, ".jsonl")
+
+
+def read_headers(
+    paths: DatasetPaths, batches: Iterable[str]
+) -> Iterator[tuple[str, BatchHeader | None]]:
+    """Each batch with its header, or None, after a word in the log, for a malformed file.
+
+    Raises OSError.
+    """
+
+    def read(batch: str) -> tuple[str, BatchHeader | None]:
+        try:
+            return batch, IntakeReader(paths, batch).header
+        except IntakeError:
+            logger.exception("intake file was skipped", extra={"batch": batch})
+            return batch, None
+
+    return map_files(read, batches, folder=paths.intake)
 
 
 class IntakeReader:

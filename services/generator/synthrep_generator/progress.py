@@ -7,21 +7,19 @@ others still add up.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
-from synthrep_generator.errors import IntakeError
 from synthrep_generator.intake import (
     BatchHeader,
-    IntakeReader,
     list_batches,
     list_paused,
+    read_headers,
     set_paused,
 )
 from synthrep_generator.log_index import READ_BYTES, LogIndex
@@ -37,7 +35,6 @@ from synthrep_shared.messages import (
 from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies
 from synthrep_shared.storage import DatasetPaths, folder_changed_ns
 
-logger = logging.getLogger(__name__)
 _MTIME_STEP_NS = 2_000_000_000  # the coarsest time stamps of a file system
 _SCAN_SHARE = 20  # a scan of the intake folder may take one part in so many of the time
 
@@ -114,22 +111,21 @@ class DatasetIndex:
             return
         if mtime_ns == self._intake_mtime_ns:
             return
-        for batch in list_batches(self.paths):
-            self._read_header(batch)
+        self._read_headers(list_batches(self.paths))
         # A file added within one step of the clock leaves the folder's time as it was.
         if time.time_ns() - mtime_ns > _MTIME_STEP_NS:
             self._intake_mtime_ns = mtime_ns
         now = time.monotonic()
         self._next_scan = now + _SCAN_SHARE * (now - started)
 
-    def _read_header(self, batch: str) -> None:
-        if batch in self._tally.batches or batch in self._unreadable:
-            return
-        try:
-            self._tally.register(IntakeReader(self.paths, batch).header)
-        except IntakeError:
-            self._unreadable.add(batch)
-            logger.exception("intake file was skipped", extra={"batch": batch})
+    def _read_headers(self, batches: Sequence[str]) -> None:
+        known = (self._tally.batches, self._unreadable)
+        new = [batch for batch in batches if not any(batch in some for some in known)]
+        for batch, header in read_headers(self.paths, new):
+            if header is None:
+                self._unreadable.add(batch)
+            else:
+                self._tally.register(header)
 
     def register(self, header: BatchHeader) -> None:
         """Take in a batch that was just made durable."""
@@ -142,7 +138,7 @@ class DatasetIndex:
             if batch_id not in self._tally.batches:
                 if not (self.paths.intake / f"{batch_id}.jsonl").is_file():
                     return None
-                self._read_header(batch_id)
+                self._read_headers([batch_id])
             return self._tally.batches.get(batch_id)
 
     def batches(self) -> list[Batch]:
