@@ -14,28 +14,39 @@ import torch
 
 from synthrep_shared import samples
 from synthrep_trainer.augment import AugmentConfig, augment
-from synthrep_trainer.batches import BatchLoader, ViewPlan, decode
+from synthrep_trainer.batches import BatchLoader, HeldOutPlan, ViewPlan, decode
 from synthrep_trainer.errors import BadShardError
 from synthrep_trainer.order import SamplingPlan
 from synthrep_trainer.shard_files import Image
 from synthrep_trainer.shard_stream import ShardStream
 
 AUGMENTATION = AugmentConfig.for_image_size(16)
+WHOLE = AugmentConfig(
+    image_size_px=16, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_probability=0.0,
+    grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0,
+)  # fmt: skip
 
 
 def make_loader(
-    maker, run, *, rank=0, world_size=1, views=1, threads=2, last_step=99, plan_views=None, **stream
-):
+    maker, run, *, rank=0, world_size=1, views=1, threads=2, last_step=99, plan_views=None,
+    share=0.0, held_out=None, **stream
+):  # fmt: skip
     plan = SamplingPlan(
         seed=3, captions_per_batch=4, images_per_caption=2, min_fill_groups=4,
-        max_uses_per_image=100,
+        max_uses_per_image=100, held_out=share,
     )  # fmt: skip
     source = ShardStream(
         maker.paths, run, plan, rank=rank, world_size=world_size, poll_s=0.01, **stream
     )
     view_plan = ViewPlan(3, 2, views, AUGMENTATION, **(plan_views or {}))
     return BatchLoader(
-        source, view_plan, last_step=last_step, threads=threads, prefetch=2, pin=False
+        source,
+        view_plan,
+        last_step=last_step,
+        threads=threads,
+        prefetch=2,
+        pin=False,
+        held_out=held_out,
     )
 
 
@@ -110,6 +121,24 @@ def test_small_crops_and_captions_travel_with_their_images(shard_maker, tmp_path
 
 def bytes_of(tokens):
     return [bytes(t for t in row if t < 256).decode() for row in tokens.tolist()]
+
+
+def test_held_out_images_come_whole_when_they_are_due(shard_maker, tmp_path):
+    shard_maker.commit(40)
+    held_out = HeldOutPlan(every=2, captions=4, images_per_caption=2, view=WHOLE)
+    loader = make_loader(shard_maker, tmp_path, share=0.3, held_out=held_out)
+    with loader:
+        loaded = take(loader, 4)
+    assert [item.held_out is not None for item in loaded] == [False, True, False, True]
+    images, ids = loaded[1].held_out[:2]
+    assert images.shape == (8, 16, 16, 3)
+    assert torch.equal(images, loaded[3].held_out.images)
+    assert len(set(ids.tolist())) == 4
+    trained = {i for item in loaded for i in item.batch.caption_ids.tolist()}
+    assert not trained & set(ids.tolist())
+    group = loader._stream.held_out(captions=1, images=1)[0]
+    stored = loader._stream.store.read(group.shard, group.place, [0])[0]
+    assert np.array_equal(images[0].numpy(), decode(stored))
 
 
 def test_every_second_image_may_have_its_own_recipe(shard_maker, tmp_path):

@@ -89,6 +89,19 @@ def make_batch(name):
     )
 
 
+def make_held_out():
+    """Nine images of three captions, of which the first rank has five."""
+    random = torch.Generator().manual_seed(4)
+    numbers = torch.arange(9) // 3
+    colours = torch.randint(0, 200, (3, 1, 1, 3), generator=random)[numbers]
+    noise = torch.randint(0, 56, (9, 8, 8, 3), generator=random)
+    images = (colours + noise).to(torch.uint8)
+    if distributed.world_size() == 1:
+        return Batch(images, numbers)
+    own = slice(0, 5) if distributed.rank() == 0 else slice(5, 9)
+    return Batch(images[own], numbers[own])
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
@@ -338,6 +351,8 @@ def everything():
             losses += [
                 learner.step(make_batch(name), step=step, rates=RATES).loss for step in (2, 3)
             ]
+            held_out = make_held_out()
+            found["neighbours"] = learner.neighbour_accuracy(held_out)
             found[f"{name} {limit}"] = {"losses": losses, "norms": norms, "sample": sample}
     return found
 
@@ -395,6 +410,11 @@ def test_two_ranks_learn_what_one_does(ranks, alone, name, limit):
             assert found["sample"][parameter] == pytest.approx(
                 expected["sample"][parameter], abs=tolerance
             ), parameter
+
+
+def test_ranks_share_the_held_out_images(ranks, alone):
+    assert [rank["neighbours"] for rank in ranks] == [alone["neighbours"]] * RANKS
+    assert alone["neighbours"] > 0.5
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from synthrep_trainer.order import draw_images, window_order
+from synthrep_trainer.order import draw_images, is_held_out, window_order
 
 GROUPS = np.arange(500)
 
@@ -49,3 +49,12 @@ def test_images_are_used_evenly_at_every_moment(num_images, num_drawn):
 def test_walks_over_a_group_are_shuffled_anew():
     walks = {tuple(draw_images(0, 9, use, num_images=6, num_drawn=6)) for use in range(20)}
     assert len(walks) > 15
+
+
+def test_a_share_of_captions_is_held_out_whatever_the_run():
+    ids = np.random.default_rng(0).integers(0, 2**60, 100_000)
+    few, many = is_held_out(ids, 0.02), is_held_out(ids, 0.3)
+    assert few.mean() == pytest.approx(0.02, abs=0.002)
+    assert many.mean() == pytest.approx(0.3, abs=0.006)
+    assert many[few].all()
+    assert not is_held_out(ids, 0.0).any()

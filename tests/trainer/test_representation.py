@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from synthrep_trainer.representation import alignment, effective_rank, health, spread, uniformity
+from synthrep_trainer import representation
+from synthrep_trainer.representation import (
+    alignment,
+    effective_rank,
+    health,
+    neighbour_accuracy,
+    spread,
+    uniformity,
+)
 
 
 def slow_effective_rank(features: np.ndarray) -> float:
@@ -68,3 +76,23 @@ def test_health_is_of_normalised_embeddings_and_a_bounded_number_of_rows():
     assert found.effective_rank == pytest.approx(effective_rank(features[:2048]))
     assert found.alignment == pytest.approx(alignment(unit[:2048], ids[:2048]), rel=1e-5)
     assert found.uniformity == pytest.approx(uniformity(unit[:2048]), rel=1e-5)
+
+
+def test_neighbour_accuracy_is_that_of_the_slow_search(monkeypatch):
+    monkeypatch.setattr(representation, "_MAX_ROWS", 7)
+    rows, ids = (
+        torch.randn(40, 3, generator=torch.Generator().manual_seed(2)),
+        torch.arange(40) // 4,
+    )
+    rows = rows + 2 * torch.randn(10, 3, generator=torch.Generator().manual_seed(3))[ids]
+    hits = 0
+    for i in range(40):
+        cosines = F.cosine_similarity(rows[i], rows, dim=1)
+        cosines[i] = -2
+        hits += int(ids[cosines.argmax()] == ids[i])
+    assert 4 < hits < 36
+    assert neighbour_accuracy(rows, ids) == hits / 40
+
+
+def test_one_caption_has_no_neighbour_accuracy():
+    assert neighbour_accuracy(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)) is None

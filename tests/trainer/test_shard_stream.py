@@ -269,3 +269,46 @@ def test_a_torn_admission_is_cut_off_and_a_malformed_one_refused(shard_maker, tm
 def test_captions_must_be_shared_evenly(shard_maker, tmp_path):
     with pytest.raises(ValueError, match="cannot be shared evenly"):
         ShardStream(shard_maker.paths, tmp_path, plan(captions_per_batch=5), world_size=2)
+
+
+def test_held_out_captions_are_never_drawn_and_listed_for_every_rank(shard_maker, tmp_path):
+    for _ in range(3):
+        shard_maker.commit(30)
+    sampling = plan(held_out=0.3)
+    streams = [
+        ShardStream(shard_maker.paths, tmp_path, sampling, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    drawn = {g.group for _ in range(40) for s in streams for g in s.next_batch(NEVER).groups}
+    listed = [stream.held_out(captions=1000, images=2) for stream in streams]
+    held_out = {g.group for groups in listed for g in groups}
+    assert drawn | held_out == set(range(90))
+    assert not drawn & held_out
+    assert 10 < len(held_out) < 45
+    assert all(g.images == [0, 1] for groups in listed for g in groups)
+    some = [g for s in streams for g in s.held_out(captions=5, images=2)]
+    assert sorted(g.group for g in some) == sorted(held_out)[:5]
+
+
+def test_held_out_groups_do_not_count_for_the_minimum_fill(shard_maker, tmp_path):
+    shard_maker.commit(12)
+    sampling = plan(min_fill_groups=12, held_out=0.5)
+    assert ShardStream(shard_maker.paths, tmp_path, sampling).next_batch(AT_ONCE) is None
+    shard_maker.commit(20)
+    assert ShardStream(shard_maker.paths, tmp_path, sampling).next_batch(AT_ONCE) is not None
+
+
+def test_held_out_groups_are_those_of_the_last_batch_without_rejected_ones(shard_maker, tmp_path):
+    records = [shard_maker.commit(20, images=1), shard_maker.commit(20)]
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(held_out=0.4))
+    stream.next_batch(NEVER)
+    before = [g.group for g in stream.held_out(captions=99, images=4)]
+    assert all(group >= 20 for group in before)  # one image says nothing
+    shard_maker.reject(records[1].groups[before[0] - 20])
+    shard_maker.commit(20)
+    assert [g.group for g in stream.held_out(captions=99, images=4)] == before
+    for _ in range(20):
+        stream.next_batch(NEVER)
+    after = [g.group for g in stream.held_out(captions=99, images=4)]
+    assert after[: len(before) - 1] == before[1:]
+    assert len(after) > len(before)

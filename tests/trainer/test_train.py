@@ -70,10 +70,11 @@ def test_the_loss_curve_is_bit_equal_through_interruptions(
     shard_maker, settings, submit, monkeypatch, case
 ):
     dice = random.Random(case)
-    objective = dice.choice(["stablerep", "simclr"])
+    objective = ["synclr", "stablerep+", "simclr"][case]
     for _ in range(3):
         shard_maker.commit(5)
-    whole, cut = submit(objective=objective), submit(objective=objective)
+    fields = {"objective": objective, "drop_path_rate": 0.2, "micro_batch_images": 4}
+    whole, cut = submit(**fields), submit(**fields)
     assert train.run(whole, settings, never)
     record_step, save = RunRecorder.record_step, RunRecorder.save
 
@@ -172,6 +173,17 @@ def test_training_begins_before_the_last_shard(shard_maker, settings, submit):
     assert lines[0]["images_committed"] == 12
     assert lines[-1]["images_committed"] == 60
     assert lines[-1]["generated_per_trained"] == pytest.approx(60 / (20 * 8))
+
+
+def test_held_out_captions_are_looked_at_and_never_trained_on(shard_maker, settings, submit):
+    for _ in range(4):
+        shard_maker.commit(10)
+    run = submit(knn_every=4, knn_held_out=0.3, knn_captions=8, objective="clip")
+    assert train.run(run, settings, never)
+    lines = read_metrics(run.metrics, after=0, limit=100)
+    assert [line["step"] for line in lines if line["knn_accuracy"] is not None] == [4, 8]
+    # A caption's images have one colour, so even an untrained encoder beats chance, 2 / 23.
+    assert 0.2 < lines[3]["knn_accuracy"] <= 1
 
 
 def test_a_stop_while_waiting_for_shards_ends_the_run_at_once(settings, submit):

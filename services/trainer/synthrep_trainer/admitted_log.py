@@ -36,7 +36,7 @@ class AdmittedLog:
         *,
         verify_s: float,
     ) -> None:
-        self.index = GroupIndex()
+        self.index = GroupIndex(held_out=plan.held_out)
         self.images_committed = 0
         self._path, self._journal, self._store, self._plan = paths.log, journal, store, plan
         self._verify_s = verify_s
@@ -85,7 +85,7 @@ class AdmittedLog:
         while True:
             more = self.scout(limit_s=deadline - time.monotonic())
             fresh = sum(
-                len(record.groups)
+                self.index.count_trainable(record)
                 for record in self._scouted
                 if record.kind == "shard" and not self._store.is_bad(record.seq)
             )

@@ -58,6 +58,17 @@ class ViewPlan(NamedTuple):
     """Tokens a caption, 0 for an objective that reads none."""
 
 
+class HeldOutPlan(NamedTuple):
+    """When and how held-out captions are looked at."""
+
+    every: int
+    """Steps between two looks."""
+    captions: int
+    images_per_caption: int
+    view: AugmentConfig
+    """The whole image, in the size of the views."""
+
+
 class Batch(NamedTuple):
     """This rank's rows of a batch; those of a caption are adjacent."""
 
@@ -77,6 +88,8 @@ class LoadedBatch(NamedTuple):
     step: int
     batch: Batch
     cursor: Cursor
+    held_out: Batch | None = None
+    """This rank's share of the held-out images, where the step is one that looks at them."""
 
 
 class BatchLoader:
@@ -91,8 +104,9 @@ class BatchLoader:
         threads: int,
         prefetch: int,
         pin: bool,
+        held_out: HeldOutPlan | None = None,
     ) -> None:
-        self._stream, self._views = stream, views
+        self._stream, self._views, self._held_out = stream, views, held_out
         self._last_step, self._pin = last_step, pin
         self._stop = threading.Event()
         self._queue: queue.Queue[LoadedBatch | BaseException] = queue.Queue(prefetch)
@@ -130,7 +144,8 @@ class BatchLoader:
                 drawn = self._stream.next_batch(self._stop.is_set)
                 if drawn is None:
                     return
-                self._put(LoadedBatch(drawn.step, self._load(drawn), drawn.cursor))
+                batch, held_out = self._load(drawn), self._load_held_out(drawn.step)
+                self._put(LoadedBatch(drawn.step, batch, drawn.cursor, held_out))
                 if drawn.step == self._last_step:
                     return
         except BaseException as error:
@@ -144,10 +159,30 @@ class BatchLoader:
                 continue
             break
 
-    def _load(self, drawn: DrawnBatch) -> Batch:
-        shards = {group.shard.seq: group.shard for group in drawn.groups}
+    def _load_held_out(self, step: int) -> Batch | None:
+        plan = self._held_out
+        if plan is None or step % plan.every:
+            return None
+        groups = self._stream.held_out(captions=plan.captions, images=plan.images_per_caption)
+        self._verify(groups)
+
+        def views(group: DrawnGroup) -> list[NDArray[np.uint8]]:
+            return [augment(image, plan.view, seed=0) for image in self._decoded(group)]
+
+        found = list(self._pool.map(views, groups))
+        size = plan.view.image_size_px
+        pixels = [view for group in found for view in group]
+        ids = [group.caption_id for group, views in zip(groups, found, strict=True) for _ in views]
+        images = np.stack(pixels) if pixels else np.empty((0, size, size, 3), dtype=np.uint8)
+        return Batch(torch.from_numpy(images), torch.tensor(ids, dtype=torch.int64))
+
+    def _verify(self, groups: list[DrawnGroup]) -> None:
+        shards = {group.shard.seq: group.shard for group in groups}
         list(self._pool.map(self._stream.verify, shards.values()))
+
+    def _load(self, drawn: DrawnBatch) -> Batch:
         groups, views = drawn.groups, self._views
+        self._verify(groups)
         rows = views.images_per_caption * views.views_per_image
         pixels = _pixels(len(groups), rows, views.augmentation)
         ids = np.empty((len(groups), rows), dtype=np.int64)

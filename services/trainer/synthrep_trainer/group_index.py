@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthrep_shared.commit_log import CommitRecord
-from synthrep_trainer.order import Integers, SamplingPlan, uses_allowed
+from synthrep_trainer.order import Integers, SamplingPlan, is_held_out, uses_allowed
 from synthrep_trainer.shard_files import GroupKey
 
 _GROUP = np.dtype(
     [("gid", "S32"), ("caption_id", "i8"), ("shard", "i4"), ("images", "i4"),
-     ("admitted", "i4"), ("rejected", "?"), ("bad", "?")]
+     ("admitted", "i4"), ("rejected", "?"), ("bad", "?"), ("held_out", "?")]
 )  # fmt: skip
 
 
@@ -36,7 +36,9 @@ class ShardRef(NamedTuple):
 class GroupIndex:
     """Grows by whole log records; see the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, held_out: float = 0.0) -> None:
+        """`held_out` is the share of captions that no window uses."""
+        self._share = held_out
         self._rows: NDArray[np.void] = np.zeros(0, dtype=_GROUP)
         self._count = 0
         self._shards: list[ShardRef] = []
@@ -56,8 +58,8 @@ class GroupIndex:
             self._rows = grown
         number = len(self._shards)
         self._rows[first : first + count] = [
-            (g.gid, int(g.caption_id, 16), number, g.images, window, False, is_bad)
-            for g in record.groups
+            (g.gid, int(g.caption_id, 16), number, g.images, window, False, is_bad, out)
+            for g, out in zip(record.groups, self._held_out_of(record), strict=True)
         ]
         self._count += count
         self._shards.append(
@@ -70,13 +72,24 @@ class GroupIndex:
             self._live["rejected"][self._live["gid"] == group.gid.encode()] = True
 
     def eligible(self, window: int, plan: SamplingPlan) -> Integers:
-        """The groups that `window` uses: admitted, not rejected, below the bound on their uses.
+        """The groups that `window` uses: not held out or rejected, below the bound on their uses.
 
         Groups of bad shards are among them: a shard may turn bad after the window has opened.
         """
         rows = self._live
         allowed = uses_allowed(plan, rows["images"].astype(np.int64))
-        return np.flatnonzero(~rows["rejected"] & (window - rows["admitted"] < allowed))
+        is_out = rows["rejected"] | rows["held_out"]
+        return np.flatnonzero(~is_out & (window - rows["admitted"] < allowed))
+
+    def held_out(self) -> Integers:
+        """The usable groups of held-out captions that have two images or more, in log order."""
+        rows = self._live
+        is_usable = rows["held_out"] & ~rows["rejected"] & ~rows["bad"]
+        return np.flatnonzero(is_usable & (rows["images"] > 1))
+
+    def count_trainable(self, record: CommitRecord) -> int:
+        """How many groups of a shard's record are of captions that are not held out."""
+        return len(record.groups) - int(self._held_out_of(record).sum())
 
     def count_usable(self, groups: Integers, taken: set[int]) -> int:
         """How many of `groups` lie in good shards and are not `taken`."""
@@ -110,6 +123,12 @@ class GroupIndex:
             GroupKey(row["gid"].decode(), f"{row['caption_id']:015x}", int(row["images"]))
             for row in rows
         ]
+
+    def _held_out_of(self, record: CommitRecord) -> NDArray[np.bool_]:
+        if not self._share:
+            return np.zeros(len(record.groups), dtype=bool)
+        ids = np.array([int(group.caption_id, 16) for group in record.groups], dtype=np.int64)
+        return is_held_out(ids, self._share)
 
     @property
     def _live(self) -> NDArray[np.void]:

@@ -16,8 +16,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from synthrep_trainer import distributed
+from synthrep_trainer.augment import normalise
 from synthrep_trainer.batches import Batch
 from synthrep_trainer.checkpoint import Parts
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder, parameter_groups
@@ -35,7 +37,7 @@ from synthrep_trainer.objectives import (
 )
 from synthrep_trainer.parallel import replicate
 from synthrep_trainer.randomness import seed_of, seeded
-from synthrep_trainer.representation import Health, health, spread
+from synthrep_trainer.representation import Health, health, neighbour_accuracy, spread
 from synthrep_trainer.schedules import Rates
 
 _log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ _JUDGE_EVERY = 10  # steps; a judgement takes an eigendecomposition
 # Half the mean squared distance of unit embeddings; fp32 rounding alone gives less than 1e-12.
 _LEAST_SPREAD = 1e-6
 _OBJECTIVE_SEED_OFFSET, _TOWER_SEED_OFFSET = 1, 2  # seeds of their own, beside the encoder's
+_ROWS_PER_PASS = 256
 _STUDENT, _TEACHER = 0, 1  # who draws random numbers in a step
 _ENCODER, _AVERAGED_ENCODER = "towers.encoder.", "encoder."  # where state dicts have them
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -80,6 +83,8 @@ class StepResult(NamedTuple):
     terms: Mapping[str, float]
     """Parts of the loss and the like, by the objective."""
     is_skipped: bool
+    knn_accuracy: float | None = None
+    """See `Learner.neighbour_accuracy`."""
 
 
 class Learner:
@@ -140,6 +145,26 @@ class Learner:
             )
         self._update(rates)
         return StepResult(value, rates.lr, norm, judgement, named, False)
+
+    @torch.no_grad()
+    def neighbour_accuracy(self, held_out: Batch) -> float | None:
+        """Of the best encoder on the held-out images of all ranks; see `representation`."""
+        counts = distributed.gather(torch.tensor([len(held_out.images)])).tolist()
+        if not any(counts):
+            return None
+        # All ranks make equally many passes over equally many rows.
+        missing = max(counts) - len(held_out.images)
+        images = F.pad(held_out.images, (0, 0) * 3 + (0, missing))
+        ids = F.pad(held_out.caption_ids, (0, missing))
+        encoder = self.best_encoder.eval()
+        with self._autocast():
+            passes = [
+                encoder(normalise(rows.to(self._device))) for rows in images.split(_ROWS_PER_PASS)
+            ]
+        self._towers.train()
+        is_there = torch.cat([torch.arange(max(counts)) < count for count in counts])
+        features = distributed.gather(torch.cat(passes).float()).cpu()[is_there]
+        return neighbour_accuracy(features, distributed.gather(ids)[is_there])
 
     def parts(self) -> Parts:
         """All tensors of a checkpoint, by part."""

@@ -64,6 +64,9 @@ def train(
         loaded = loader.take()
         step, cursor = loaded.step, loaded.cursor
         result = learner.step(loaded.batch, step=step, rates=plan.rates_at(step))
+        if loaded.held_out is not None:
+            accuracy = learner.neighbour_accuracy(loaded.held_out)
+            result = result._replace(knn_accuracy=accuracy)
         recorder.record_step(step, result, wait_s=wait_s)
         if step % plan.checkpoint_every == 0:
             recorder.save(step, cursor)

@@ -18,7 +18,7 @@ Integers = NDArray[np.int64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_GROUPS, _IMAGES = 1, 2  # what a key orders; keeps the two kinds apart
+_GROUPS, _IMAGES, _CAPTIONS = 1, 2, 3  # what a key is for; keeps the kinds apart
 
 
 class SamplingPlan(BaseModel):
@@ -31,6 +31,8 @@ class SamplingPlan(BaseModel):
     images_per_caption: int
     min_fill_groups: int
     max_uses_per_image: int
+    held_out: float = 0.0
+    """Share of captions that are never drawn."""
 
 
 def window_order(seed: int, window: int, groups: Integers) -> Integers:
@@ -50,6 +52,11 @@ def draw_images(seed: int, group: int, use: int, *, num_images: int, num_drawn: 
     shuffled = np.argsort(keys, kind="stable")
     first = (use % period) * num_drawn
     return [int(shuffled[(first + i) % num_images]) for i in range(num_drawn)]
+
+
+def is_held_out(caption_ids: Integers, share: float) -> NDArray[np.bool_]:
+    """Whether captions belong to the share that is never trained on; a function of the id alone."""
+    return _keys([_CAPTIONS], caption_ids) / 2.0**64 < share
 
 
 def uses_allowed(plan: SamplingPlan, num_images: Integers) -> Integers:

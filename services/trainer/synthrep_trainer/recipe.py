@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from synthrep_trainer.augment import AugmentConfig
-from synthrep_trainer.batches import ViewPlan
+from synthrep_trainer.batches import HeldOutPlan, ViewPlan
 from synthrep_trainer.encoder import EncoderConfig
 from synthrep_trainer.learner import LearnerConfig
 from synthrep_trainer.objectives import ObjectiveConfig, SynclrConfig, TextConfig
@@ -23,6 +23,7 @@ _BETA1 = 0.9
 _BETA2 = {"synclr": 0.999}
 _PUBLISHED_BETA2 = 0.98
 _SYNCLR_EMA_DECAYS = 0.994, 1.0
+_HELD_OUT_IMAGES = 4  # of each caption
 # A small crop is 96 px where the view is 224.
 _CROP_SHARE = 3 / 7
 # SynCLR's views: global ones are of two kinds in turn, those of BYOL, and small crops.
@@ -64,7 +65,25 @@ def sampling_plan(record: RunRecord) -> SamplingPlan:
         images_per_caption=record.images_per_caption,
         min_fill_groups=request.min_fill_groups or request.captions_per_batch,
         max_uses_per_image=request.max_uses_per_image,
+        held_out=record.held_out,
     )
+
+
+def held_out_plan(record: RunRecord) -> HeldOutPlan | None:
+    """When and how held-out captions are looked at, None if none are held out."""
+    request = record.request
+    if request.knn_every is None:
+        return None
+    whole = AugmentConfig(
+        image_size_px=request.image_size,
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        flip_probability=0.0,
+    )
+    return HeldOutPlan(request.knn_every, request.knn_captions, _HELD_OUT_IMAGES, whole)
 
 
 def view_plan(record: RunRecord, *, patch_size_px: int) -> ViewPlan:

@@ -66,6 +66,7 @@ class RunRecorder:
                     effective_rank=judged and judged.effective_rank,
                     alignment=judged and judged.alignment,
                     uniformity=judged and judged.uniformity,
+                    knn_accuracy=result.knn_accuracy,
                     images_seen=step * views,
                     images_per_s=views / (now - self._last_step_at),
                     wait_s=wait_s,

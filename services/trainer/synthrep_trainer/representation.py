@@ -56,6 +56,24 @@ def uniformity(unit: Float[Tensor, "rows dim"]) -> float:
     return float(torch.exp(-_UNIFORMITY_EXPONENT * pairs).mean().log())
 
 
+def neighbour_accuracy(
+    features: Float[Tensor, "rows dim"], caption_ids: Integer[Tensor, " rows"]
+) -> float | None:
+    """How often the row of the largest cosine, a row's own left out, has the row's caption id.
+
+    None for fewer than two captions, where it says nothing. Rows are taken a strip at a time.
+    """
+    if len(caption_ids.unique()) < 2:
+        return None
+    unit = F.normalize(features.detach().float(), dim=1)
+    hits = 0
+    for rows in torch.arange(len(unit), device=unit.device).split(_MAX_ROWS):
+        cosines = unit[rows] @ unit.T
+        cosines[torch.arange(len(rows), device=unit.device), rows] = -torch.inf
+        hits += int((caption_ids[cosines.argmax(1)] == caption_ids[rows]).sum())
+    return hits / len(unit)
+
+
 def effective_rank(features: Float[Tensor, "rows dim"]) -> float:
     """exp of the entropy of the centred features' singular values, as shares of their sum.
 

@@ -155,6 +155,22 @@ class ShardStream:
             self._log.scout()
         return DrawnBatch(self._step, list(self._share(draws)), self._cursor)
 
+    def held_out(self, *, captions: int, images: int) -> list[DrawnGroup]:
+        """This rank's share of the first held-out groups that the log had for the last batch.
+
+        Groups have two images or more, of which the first `images` are given.
+        """
+        index = self._log.index
+        groups = index.held_out()[:captions]
+        found = []
+        for row in range(self._rank, len(groups), self._world_size):
+            group = int(groups[row])
+            shard = index.shard_of(group)
+            images_of_it = list(range(min(images, index.num_images(group))))
+            place, caption_id = group - shard.first, index.caption_id(group)
+            found.append(DrawnGroup(row, group, caption_id, shard, place, images_of_it))
+        return found
+
     def verify(self, shard: ShardRef) -> None:
         """Check a shard unless this process has checked it; any thread, see `ShardStore.verify`."""
         self.store.verify(shard, self._log.index.keys_of(shard))

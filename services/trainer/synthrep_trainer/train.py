@@ -76,6 +76,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
         threads=settings.loader_threads,
         prefetch=settings.prefetch_batches,
         pin=device.type == "cuda",
+        held_out=recipe.held_out_plan(record),
     )
     rates_at = partial(recipe.rates, record)
     plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, rates_at)

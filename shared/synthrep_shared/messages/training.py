@@ -133,6 +133,8 @@ class RunRequest(Request):
     None: no caption is held out."""
     knn_held_out: float = Field(default=0.02, gt=0, le=0.5)
     """Share of captions, by their ids, that are held out from training for that."""
+    knn_captions: int = Field(default=256, ge=2, le=100_000)
+    """Held-out captions that are looked at, the first of the data set, with up to 4 images."""
 
     @model_validator(mode="after")
     def _has_an_end_and_sets_to_probe(self) -> RunRequest:
