@@ -91,6 +91,52 @@ def test_an_exception_of_the_model_is_a_crash_with_its_reason(start: Start) -> N
     assert "RuntimeError" in outcome.reason
 
 
+def test_a_process_that_grew_is_replaced_between_two_runs(start: Start) -> None:
+    supervisor, stack = start(max_growth_bytes=60 << 20)
+    stack.accept(["a [fake:leak]", "b", "c [fake:leak]", "d", "e"], images=1)
+    places = [Place("b0", i) for i in range(5)]
+    pids = []
+    for place in places:  # a leak costs 16 MiB, and a chunk of one prompt has one
+        outcome = supervisor.run(chunk_from_places("birds", [place]), lambda: None)
+        assert isinstance(outcome, Finished)
+        pids.append(pid_of(supervisor))
+    assert len(set(pids)) == 1
+    stack.accept(["x [fake:leak]"], batch="b1", images=3)
+    assert isinstance(supervisor.run(chunk(1, "b1"), lambda: None), Finished)
+    assert not is_running(pids[0])
+    stack.accept(["y"], batch="b2")
+    assert isinstance(supervisor.run(chunk(1, "b2"), lambda: None), Finished)
+    assert pid_of(supervisor) != pids[0]
+    assert not supervisor.is_broken
+
+
+def test_a_fault_of_the_device_is_held_against_the_chunk_that_meets_it_alone(
+    start: Start,
+) -> None:
+    supervisor, stack = start()
+    stack.accept(["a", "x [fake:fault]", "c"], images=1)
+    lone = chunk_from_places("birds", [Place("b0", 1)])
+    for _ in range(4):
+        outcome = supervisor.run(lone, lambda: None)
+        assert isinstance(outcome, Crashed)
+        assert outcome.active == {Place("b0", 1)}
+        assert "CUDA error" in outcome.reason
+    assert not supervisor.is_broken
+    assert isinstance(supervisor.run(chunk(1), lambda: None), Finished)
+
+
+def test_faults_of_one_chunk_after_another_are_the_device_s(start: Start) -> None:
+    supervisor, stack = start()
+    stack.accept([f"x{i} [fake:fault]" for i in range(4)] + ["a"], images=1)
+    lone = [chunk_from_places("birds", [Place("b0", i)]) for i in range(5)]
+    outcomes = [supervisor.run(chunk, lambda: None) for chunk in lone[:2]]
+    assert [len(o.active) for o in outcomes if isinstance(o, Crashed)] == [1, 0]
+    assert isinstance(supervisor.run(lone[4], lambda: None), Finished)  # made an image: it is well
+    outcomes = [supervisor.run(chunk, lambda: None) for chunk in lone[:4]]
+    assert [len(o.active) for o in outcomes if isinstance(o, Crashed)] == [1, 0, 0, 0]
+    assert supervisor.is_broken
+
+
 def test_a_hang_is_ended_by_the_clock(start: Start) -> None:
     supervisor, stack = start(hang_s=0.6)
     stack.accept(["x [fake:hang]"])

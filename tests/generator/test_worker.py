@@ -23,6 +23,7 @@ from synthrep_generator.intake import IntakeReader, list_batches
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.synthesis import ImageTask, paint
 from synthrep_generator.verify import verify_dataset
+from synthrep_generator.worker import EXIT_BROKEN
 from synthrep_shared.failpoints import EXIT_STATUS, NAMES
 from synthrep_shared.messages import MixtureComponent, QualityGate
 from synthrep_shared.samples import image_seed
@@ -202,6 +203,15 @@ def test_poison_is_recorded_and_its_neighbours_are_not(make: Make) -> None:
     }  # fmt: skip
     assert "RuntimeError" in details[6]["reason"]
     assert "no progress" in details[14]["reason"]
+
+
+def test_a_device_that_fails_at_everything_ends_its_worker_and_fails_no_prompt(make: Make) -> None:
+    stack = make()
+    stack.accept([f"bird {i} [fake:fault]" for i in range(12)])
+    stack.start("reconciler")
+    worker = stack.start("worker")
+    assert worker.wait(60) == EXIT_BROKEN
+    assert stack.records() == []
 
 
 def test_sigterm_seals_what_is_done_and_gives_the_rest_back(make: Make) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from synthrep_generator.chunks import Chunk, Place
 from synthrep_generator.dataset_files import OpenDatasets
@@ -99,6 +100,7 @@ class DeviceProcess:
         self._watch = _JobWatch(channel)
         self._inbox: queue.SimpleQueue[LoadModel | RunChunk] = queue.SimpleQueue()
         self._alias = ""
+        self._bytes_at_first = private_bytes()
         self._synthesizer: Synthesizer | None = None
         self._safety_files: SafetyFiles | None = None
         self._safety: SafetyJudge | None = None
@@ -121,7 +123,14 @@ class DeviceProcess:
             except Exception as error:
                 # Whatever this was may have left the device in any state: start afresh.
                 logger.exception("device process gives up", extra={"chunk": about})
-                self._channel.send(Raised(chunk_id=about, reason=_reason(error), retryable=False))
+                self._channel.send(
+                    Raised(
+                        chunk_id=about,
+                        reason=_reason(error),
+                        retryable=False,
+                        is_device_fault=is_device_fault(error),
+                    )
+                )
                 os._exit(1)
 
     def _listen(self) -> None:
@@ -150,6 +159,7 @@ class DeviceProcess:
                 chunk_id=chunk.id,
                 stopped=self._watch.is_stopped,
                 device_s=round(device_s, 4),
+                grown_bytes=max(0, private_bytes() - self._bytes_at_first),
                 **result.model_dump(),
             )
         )
@@ -192,6 +202,7 @@ class DeviceProcess:
             synthesizer = make_synthesizer(self._settings, alias, model)
             warm_up(synthesizer, model)
             self._alias, self._synthesizer = alias, synthesizer
+            self._bytes_at_first = private_bytes()
             logger.info("model loaded", extra={"model": alias, "device": synthesizer.device})
         self._channel.send(Ready(chunk_id=about, device=self._synthesizer.device))
         return self._synthesizer
@@ -223,6 +234,22 @@ def warm_up(synthesizer: Synthesizer, model: ModelConfig) -> None:
     (result,) = synthesizer.generate([_WARM_UP], recipe, lambda: None)
     if isinstance(result, Exception):
         raise OSError(f"the model does not work on {synthesizer.device}: {result}")
+
+
+def is_device_fault(error: Exception) -> bool:
+    """Whether the device reports an error that sticks to the process, whoever caused it."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # torch may not be here
+    return "AcceleratorError" in names or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs; model files that are mapped do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 def die_with_parent(parent: int) -> None:

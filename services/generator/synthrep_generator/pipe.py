@@ -57,7 +57,8 @@ class Beat(_Line):
 class Finished(_Line):
     """From the device: the run is over, its outcomes are in the log.
 
-    Of the run's time, `device_s` went into denoising and decoding.
+    Of the run's time, `device_s` went into denoising and decoding. The process holds `grown_bytes`
+    more than when its model had made a first image.
     """
 
     kind: Literal["finished"] = "finished"
@@ -68,15 +69,20 @@ class Finished(_Line):
     filtered: dict[str, int]
     stopped: bool
     device_s: float
+    grown_bytes: int
 
 
 class Raised(_Line):
-    """From the device: a run, or a load (no chunk), failed; not `retryable`: the process ends."""
+    """From the device: a run, or a load (no chunk), failed; not `retryable`: the process ends.
+
+    A device fault is an error of the device itself, which no later call would survive.
+    """
 
     kind: Literal["raised"] = "raised"
     chunk_id: str
     reason: str
     retryable: bool
+    is_device_fault: bool = False
 
 
 Message = LoadModel | RunChunk | StopChunk | Ready | Beat | Finished | Raised

@@ -142,6 +142,9 @@ class GeneratorSettings(ServiceSettings):
     heartbeat: Path | None = None
     """File that the worker and the reconciler touch every second, for health checks; it holds the
     worker's state."""
+    max_growth_bytes: int = Field(default=4 << 30, ge=0)
+    """Memory that a job's process may gain after it warmed up; beyond, it is replaced by a new one
+    between two jobs."""
     max_strikes: int = Field(default=4, ge=1)
     """Crashes of the device process after which a lone prompt is recorded as failed."""
     high_water_prompts: int = Field(default=2_000_000, ge=1)

@@ -38,6 +38,7 @@ _TICK_S = 0.25
 _STOP_S = 15.0  # what a job gets to seal what it has
 _EXIT_S = 2.0
 _MAX_FAILED_STARTS = 3
+_MAX_DEVICE_FAULTS = 3  # in a row, of chunks that are not to blame
 _SLOWEST = 0.99
 _PATIENCE = 3  # times the slowest usual pause between two signs of progress
 
@@ -115,13 +116,15 @@ class Supervisor:
         self._was_ready = False
         self._started_at, self._has_answered = 0.0, False
         self._failed_starts = 0
+        self._faulty_chunk, self._device_faults = "", 0
         self._pauses: deque[float] = deque(maxlen=512)
         self.device = ""
 
     @property
     def is_broken(self) -> bool:
-        """Whether several processes in a row died before they could make an image."""
-        return self._failed_starts >= _MAX_FAILED_STARTS
+        """Whether several processes in a row died, or met faults, whatever they were to do."""
+        is_faulty = self._device_faults >= _MAX_DEVICE_FAULTS
+        return is_faulty or self._failed_starts >= _MAX_FAILED_STARTS
 
     def tend(self) -> bool:
         """Between runs: start a process if there is none, and have it load the first model.
@@ -200,14 +203,39 @@ class Supervisor:
         elif isinstance(message, Ready):
             run.is_ready = run.is_ready or message.chunk_id == run.chunk_id
         elif isinstance(message, Finished) and message.chunk_id == run.chunk_id:
+            self._replace_if_grown(message)
+            if message.images:
+                self._faulty_chunk, self._device_faults = "", 0
             return message
         elif isinstance(message, Raised) and message.chunk_id == run.chunk_id:
             if message.retryable:
                 return message
             self._bury()
-            return Crashed(message.reason, run.active)
+            return Crashed(message.reason, self._suspects(run, message))
         run.heard_at = now
         return None
+
+    def _replace_if_grown(self, message: Finished) -> None:
+        if message.grown_bytes > self._settings.max_growth_bytes:
+            logger.warning("device process grew", extra={"grown_bytes": message.grown_bytes})
+            self.close()
+            self._has_answered = False
+
+    def _suspects(self, run: _Run, message: Raised) -> frozenset[Place]:
+        """The prompts that may be to blame for an error that ended the process.
+
+        None for a fault of the device that follows on one of another chunk, with no image made in
+        between. One that a chunk meets again and again is held against it: each new process has
+        made an image before.
+        """
+        if not message.is_device_fault:
+            return run.active
+        is_suspect = self._faulty_chunk in ("", run.chunk_id)
+        self._faulty_chunk = run.chunk_id
+        if is_suspect:
+            return run.active
+        self._device_faults += 1
+        return frozenset()
 
     def _watch(self, run: _Run) -> Outcome | None:
         """Kill a process that takes too long, for one of three reasons."""

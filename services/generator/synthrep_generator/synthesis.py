@@ -24,6 +24,7 @@ Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 _NAP_S = 0.02
 _FOREVER_S = 1e9
 _PATCH_PX = 4
+_LEAK_BYTES = 16 << 20
 _FAKE_WINDOW = 77
 
 
@@ -125,8 +126,9 @@ class FakeSynthesizer:
     Prompts that contain one of these marks go wrong in its way, at every run:
     `[fake:refuse]` no image can be made, `[fake:blank]` a black image, `[fake:raise]` an exception,
     `[fake:crash]` the process is gone, `[fake:hang]` the call never returns. At even seeds only,
-    `[fake:dim]` gives an image of next to one colour and `[fake:same]` that of seed 0. A word is
-    a token.
+    `[fake:dim]` gives an image of next to one colour and `[fake:same]` that of seed 0.
+    `[fake:fault]` is an error of the device, `[fake:leak]` costs memory for good. A word is a
+    token.
     """
 
     device = "fake"
@@ -137,6 +139,7 @@ class FakeSynthesizer:
         self._store_px, self._delay_s = store_px, delay_s
         self.batch_images = batch_images
         self.device_s = 0.0
+        self._leaked: list[bytes] = []
 
     def caption_fit(self, prompt: str) -> CaptionFit:
         """See Synthesizer."""
@@ -161,6 +164,10 @@ class FakeSynthesizer:
             return np.zeros((self._store_px, self._store_px, 3), np.uint8)
         if "[fake:raise]" in task.prompt:
             raise RuntimeError("the fake raises on this prompt")
+        if "[fake:fault]" in task.prompt:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if "[fake:leak]" in task.prompt:
+            self._leaked.append(b"\x01" * _LEAK_BYTES)
         if "[fake:crash]" in task.prompt:
             os.kill(os.getpid(), signal.SIGKILL)
         if "[fake:hang]" in task.prompt:
