@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from synthrep_cli import dataset_commands, export_command, regenerate_command
+from synthrep_cli import dataset_commands, export_command, models_commands, regenerate_command
 from synthrep_cli import prompts as prompt_files
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_cli.probe_table import ProbeRow, probe_table
@@ -25,9 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Look at text-to-image models.", no_args_is_help=True)
 app.add_typer(dataset_commands.app, name="dataset")
-app.add_typer(models_app, name="models")
+app.add_typer(models_commands.app, name="models")
 app.command("regenerate")(regenerate_command.regenerate)
 app.command()(export_command.export)
 
@@ -232,18 +231,6 @@ def probe(
             print_json(view)
             return
         Console().print(probe_table([ProbeRow.from_view(view)]))
-
-
-@models_app.command("ls")
-def models_ls(as_json: Json = False) -> None:
-    """Text-to-image models by alias."""
-    with errors_in_one_sentence(), SynthRep() as client:
-        items = client.request("GET", f"{client.generator_url}/v1/models")["items"]
-        if as_json:
-            print_json(items)
-            return
-        keys = ("alias", "guidance_scale", "num_inference_steps", "store_px", "licence")
-        print_table("models", keys, [tuple(item.get(k, "") for k in keys) for item in items])
 
 
 def _number(value: float | None) -> str:

@@ -115,7 +115,7 @@ def _stable_diffusion_xl(folder: Path) -> Any:
     tokenizer = clip_tokenizer(folder / "source")
     second = transformers.CLIPTextModelWithProjection
     return diffusers.StableDiffusionXLPipeline(
-        vae=_vae(latents_mean=[0.1] * LATENTS, latents_std=[0.9] * LATENTS),
+        vae=_vae(latents_mean=[-4.0, 2.0, 0.0, 6.0], latents_std=[0.1, 3.0, 2.0, 0.5]),
         text_encoder=_clip(tokenizer),
         text_encoder_2=_clip(tokenizer, second),
         tokenizer=tokenizer,

@@ -5,6 +5,7 @@ SynthRepError
 ├── ModelFilesMissingError the alias is configured, its files are not here
 ├── JudgeMissingError      the gate needs a model that is not configured
 ├── ModelConfigError       what is configured does not fit the model
+├── ModelHubError          a model hub does not give what it should
 ├── IdempotencyConflictError  the key was used with another body
 ├── IntakeError            an intake file is malformed
 ├── DatasetDeniedError     the key may not write to the data set
@@ -39,6 +40,10 @@ class JudgeMissingError(SynthRepError):
 
 class ModelConfigError(SynthRepError):
     """What is configured does not fit the model."""
+
+
+class ModelHubError(SynthRepError):
+    """A model hub does not give what it should."""
 
 
 class IdempotencyConflictError(SynthRepError):
