@@ -200,5 +200,10 @@ def generator_stack(tmp_path: Path, redis_url: str) -> Iterator[Callable[..., Ge
         stack.stop()
 
 
-hypothesis.settings.register_profile("small", max_examples=20, deadline=None, derandomize=True)
-hypothesis.settings.load_profile("small")
+hypothesis.settings.register_profile(
+    "repeatable",
+    max_examples=int(os.environ.get("PROPERTY_CASES") or 20),
+    deadline=None,
+    derandomize=True,
+)
+hypothesis.settings.load_profile("repeatable")
