@@ -14,11 +14,18 @@ from rich.table import Table
 
 from synthrep_cli import dataset_commands, export_command, models_commands, regenerate_command
 from synthrep_cli import prompts as prompt_files
+from synthrep_cli.fields import parse_fields
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_cli.probe_table import ProbeRow, probe_table
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import SynthRepError
-from synthrep_shared.messages import MAX_PROMPTS_PER_REQUEST, ProbeRequest, RunRequest
+from synthrep_shared.messages import (
+    MAX_PROMPTS_PER_REQUEST,
+    MixtureComponent,
+    ProbeRequest,
+    QualityGate,
+    RunRequest,
+)
 
 app = typer.Typer(
     help="Train vision encoders on images that are being generated.",
@@ -104,18 +111,32 @@ def submit(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Makes the same images again; none: other ones.")
     ] = None,
+    quality_gate: Annotated[
+        str | None,
+        typer.Option(help="Makes poor images again: on, or safety=true,min_clip_score=0.2 …"),
+    ] = None,
+    mixture: Annotated[
+        list[str] | None,
+        typer.Option(help="One way to make images, several times: model=sd-15,weight=2 …"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hand in captions; each becomes a group of images."""
+    settings = {
+        "model": model, "images_per_prompt": images_per_prompt,
+        "guidance_scale": guidance_scale, "seed": seed,
+    }  # fmt: skip
+    given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+    if quality_gate is not None:
+        gate = parse_fields(quality_gate, QualityGate, option="--quality-gate")
+        given["quality_gate"] = gate.model_dump()
+    if mixture:
+        parts = [parse_fields(m, MixtureComponent, option="--mixture") for m in mixture]
+        given["mixture"] = [part.model_dump() for part in parts]
     with errors_in_one_sentence(), SynthRep() as client:
         texts = prompt_files.read(file)
         if not texts:
             raise SynthRepError(f"{file} holds no captions; expected one a line")
-        settings = {
-            "model": model, "images_per_prompt": images_per_prompt,
-            "guidance_scale": guidance_scale, "seed": seed,
-        }  # fmt: skip
-        given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
         accepted = [
             client.submit(dataset, texts[i : i + MAX_PROMPTS_PER_REQUEST], **given)
             for i in range(0, len(texts), MAX_PROMPTS_PER_REQUEST)

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from synthrep_cli.main import app
 from synthrep_shared.client import SynthRep
+from synthrep_shared.messages import BatchRequest, MixtureComponent, QualityGate
 
 BATCH = {
     "id": "b1", "dataset": "birds", "state": "running", "images_committed": 20,
@@ -148,6 +149,8 @@ def test_the_version_is_that_of_the_distribution():
         ("submit", "captions.txt"),
         ("submit", "captions.txt", "--dataset", "birds", "--images-per-prompt", "65"),
         ("submit", "captions.txt", "--dataset", "birds", "--seed", "-1"),
+        ("submit", "-", "--dataset", "birds", "--quality-gate", "nsfw=1"),
+        ("submit", "-", "--dataset", "birds", "--mixture", "on", "--mixture", "weight=0"),
         ("train",),
         ("train", "--dataset", "birds"),
         ("train", "--dataset", "Birds!", "--max-steps", "9"),
@@ -259,6 +262,20 @@ def test_submitting_tells_how_to_follow(services, tmp_path):
         "b1  2 captions accepted",
         "follow them: synthrep watch, or synthrep status b1",
     ]
+
+
+def test_a_gate_and_a_mixture_are_submitted(services, tmp_path):
+    result = run(
+        "submit", write_captions(tmp_path, 2), "--dataset", "birds", "--quality-gate", "on",
+        "--mixture", "guidance_scale=1.5,weight=2", "--mixture", "model=other",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    body = BatchRequest.model_validate_json(json.dumps(services.sent[-1]))
+    assert body.quality_gate == QualityGate()
+    assert body.mixture == (
+        MixtureComponent(guidance_scale=1.5, weight=2.0),
+        MixtureComponent(model="other"),
+    )
 
 
 def test_standard_input_is_submitted(services):
