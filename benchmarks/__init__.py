@@ -1,0 +1,1 @@
+"""Ours against named peers, interleaved: `make bench`, or `python -m benchmarks --help`."""
