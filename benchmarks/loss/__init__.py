@@ -1,0 +1,1 @@
+"""The multi-positive loss against the published form and the losses of other libraries."""
