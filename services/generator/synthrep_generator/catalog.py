@@ -13,7 +13,7 @@ from synthrep_shared.commit_log import CommitRecord, GroupRef
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.samples import GID_PATTERN
 from synthrep_shared.shard_copies import COPY_BYTES
-from synthrep_shared.storage import DatasetPaths, Location, list_datasets
+from synthrep_shared.storage import DatasetPaths, Location, list_datasets, map_files
 
 logger = logging.getLogger(__name__)
 _BATCH_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -65,25 +65,26 @@ class Catalog:
 
     def datasets(self) -> list[DatasetIndex]:
         """All data sets by name, up to date but for one whose log is malformed."""
-        found = []
-        for name in list_datasets(self.root):
-            try:
-                index = self.dataset(name)
-            except CommitLogError:
-                index = self._index(DatasetPaths(self.root, name))
-                if name not in self._malformed:
-                    self._malformed.add(name)
-                    logger.exception("commit log cannot be read on", extra={"dataset": name})
-            if index is not None:
-                found.append(index)
-        return found
+        names = list_datasets(self.root)
+        found = map_files(self._readable_part, names, folder=self.root)
+        return [index for index in found if index is not None]
+
+    def _readable_part(self, name: str) -> DatasetIndex | None:
+        try:
+            return self.dataset(name)
+        except CommitLogError:
+            if name not in self._malformed:
+                self._malformed.add(name)
+                logger.exception("commit log cannot be read on", extra={"dataset": name})
+            return self._index(DatasetPaths(self.root, name))
 
     def batch(self, batch_id: str) -> tuple[DatasetIndex, Batch] | None:
         """The batch with this id and its data set, up to date."""
         if not _BATCH_ID.fullmatch(batch_id):
             return None
-        for name in list_datasets(self.root):
-            index = self._index(DatasetPaths(self.root, name))
+        names = list_datasets(self.root)
+        indexes = [self._index(DatasetPaths(self.root, name)) for name in names]
+        for index in sorted(indexes, key=lambda index: not index.has_seen(batch_id)):
             batch = index.batch(batch_id)
             if batch is not None:
                 index.refresh()

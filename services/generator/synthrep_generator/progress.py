@@ -132,6 +132,10 @@ class DatasetIndex:
         with self._lock:
             self._tally.register(header)
 
+    def has_seen(self, batch_id: str) -> bool:
+        """Whether the batch is known without a look at the intake folder."""
+        return batch_id in self._tally.batches
+
     def batch(self, batch_id: str) -> Batch | None:
         """The batch with this id, which must be a file name's part; None if there is none."""
         with self._lock:
