@@ -197,6 +197,13 @@ def test_lists_page_through_everything_once(client, pets):
     assert [m["alias"] for m in walk(client, "/v1/models", limit=1)] == ["tiny"]
 
 
+@pytest.mark.parametrize("scheduler", ["flow-match", "no such"])
+def test_scheduler_that_does_not_fit_the_model_is_refused(client, scheduler):
+    answer = submit(client, scheduler=scheduler)
+    assert answer.status_code == 422
+    assert client.get("/v1/batches").json()["items"] == []
+
+
 def test_workers_queue_and_scale_add_up(client, backlog):
     backlog.live = [
         WorkerView("w2", "cpu", "busy", 3.0),

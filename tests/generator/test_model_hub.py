@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from synthrep_generator.model_files import (
     MANIFEST,
     Manifest,
     check_model_files,
+    check_recipe,
     find_model,
-    list_models,
     read_manifest,
+    usable_models,
 )
 from synthrep_generator.model_hub import Progress, choose_files, pull_model
-from synthrep_generator.settings import GeneratorSettings
+from synthrep_generator.settings import GeneratorSettings, ModelConfig  # noqa: E402
 from tests.generator.fake_hub import REVISION, FakeHub, run_hub
 
 INDEX = {
@@ -239,11 +241,11 @@ def pulled(tmp_path: Path, alias: str = "sd15") -> GeneratorSettings:
 
 def test_an_alias_of_the_catalogue_is_usable_once_it_was_pulled(tmp_path: Path) -> None:
     settings = GeneratorSettings(model_cache=tmp_path)
-    assert list(list_models(settings)) == ["tiny"]
+    assert list(usable_models(settings)) == ["tiny"]
     with pytest.raises(ModelFilesMissingError, match=r"^run `synthrep models pull sd15`$"):
         find_model(settings, "sd15")
     pulled(tmp_path)
-    assert list(list_models(settings)) == ["tiny", "sd15"]
+    assert list(usable_models(settings)) == ["tiny", "sd15"]
     model = find_model(settings, "sd15")
     assert (model.path, model.revision) == (tmp_path / "sd15", REVISION)
     assert (model.scheduler, model.num_inference_steps, model.guidance_scale) == ("ddim", 50, 2.0)
@@ -291,3 +293,22 @@ def test_the_size_of_a_model_is_that_of_its_files(tmp_path: Path) -> None:
     manifest = read_manifest(pulled(tmp_path).model_cache / "sd15")
     assert isinstance(manifest, Manifest)
     assert manifest.num_bytes == sum(len(FILES[name]) for name in NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "negative_prompt", "reason"),
+    [
+        ("StableDiffusionPipeline", "flow-match", "", "it takes ddim"),
+        ("FluxPipeline", "flow-match", "a bee", "no negative prompt"),
+        ("FluxPipeline", "flow-match", "", None),
+        ("SomePipeline", "ddim", "", None),
+    ],
+)
+def test_settings_that_do_not_fit_are_known_without_loading(
+    tmp_path: Path, name: str, scheduler: str, negative_prompt: str, reason: str | None
+) -> None:
+    model = ModelConfig(path=tmp_path)
+    check_recipe(model, scheduler="anything", negative_prompt="")  # no files, no judgement
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ModelConfigError, match=reason) if reason else contextlib.nullcontext():
+        check_recipe(model, scheduler=scheduler, negative_prompt=negative_prompt)

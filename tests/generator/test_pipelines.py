@@ -134,7 +134,7 @@ def test_a_batch_is_what_the_pipeline_makes_one_by_one(
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_an_image_does_not_depend_on_what_is_made_beside_it(folders: Any, kind: str) -> None:
     synthesizer = load_synthesizer(config(folders(kind)), device="cpu")
-    wanted = recipe(synthesizer._family.samplers[-1], 2.0)  # the one that adds noise, if any does
+    wanted = recipe(synthesizer._family.kind.samplers[-1], 2.0)  # the one that adds noise, if any does
     together = make(synthesizer, TASKS, wanted)
     alone = [make(synthesizer, [task], wanted)[0] for task in reversed(TASKS)][::-1]
     for one, other in zip(together, alone, strict=True):

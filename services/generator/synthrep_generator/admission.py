@@ -21,10 +21,12 @@ from synthrep_generator.errors import (
     HighWaterError,
     IdempotencyConflictError,
     IntakeError,
+    ModelFilesMissingError,
     UnknownModelError,
 )
 from synthrep_generator.intake import BatchHeader, IntakeReader, batch_id_from_key, write_batch
 from synthrep_generator.judge_files import check_judges
+from synthrep_generator.model_files import check_recipe, find_model, usable_models
 from synthrep_generator.quotas import check_quotas
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_shared.keys import Principal
@@ -94,22 +96,24 @@ class Admission:
 
     def check_model(self, alias: str) -> ModelConfig:
         """The model of this alias; raises UnknownModelError."""
-        model = self._settings.models.get(alias)
-        if model is None:
-            known = ", ".join(sorted(self._settings.models)[:20])
-            raise UnknownModelError(f"the model is not configured here; known: {known}")
-        return model
+        try:
+            return find_model(self._settings, alias)
+        except (UnknownModelError, ModelFilesMissingError) as error:
+            known = ", ".join(sorted(usable_models(self._settings))[:20])
+            raise UnknownModelError(f"the model is not here; known: {known}") from error
 
     def complete(self, asked: GenerationSettings) -> GenerationSettings:
         """The settings with every default of the model, or of a mixture's models, filled in.
 
-        Raises UnknownModelError and JudgeMissingError.
+        Raises UnknownModelError, ModelConfigError and JudgeMissingError.
         """
         variants = []
         for variant in asked.variants():
             model = self.check_model(variant.model)
             check_judges(variant, self._settings, model)
-            variants.append(fill_defaults(variant, model))
+            filled = fill_defaults(variant, model)
+            check_recipe(model, scheduler=filled.scheduler, negative_prompt=filled.negative_prompt)
+            variants.append(filled)
         if not asked.mixture:
             return variants[0]
         parts = zip(asked.mixture, variants, strict=True)
@@ -124,7 +128,7 @@ class Admission:
     def accept(self, order: Order, prompts: Iterable[str]) -> BatchHeader:
         """Make the batch durable and return its header, or that of the same request's first time.
 
-        Raises UnknownModelError, IdempotencyConflictError, DatasetDeniedError, HighWaterError,
+        Raises what `complete` raises, IdempotencyConflictError, DatasetDeniedError, HighWaterError,
         DiskReserveError; in each case nothing of the batch is visible.
         """
         settings = self.complete(order.settings)

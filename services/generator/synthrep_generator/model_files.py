@@ -6,13 +6,19 @@ hash. The sizes are looked at whenever a model is loaded, the hashes at a pull a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from synthrep_generator.errors import ModelFilesMissingError, UnknownModelError
+from synthrep_generator.errors import (
+    ModelConfigError,
+    ModelFilesMissingError,
+    UnknownModelError,
+)
 from synthrep_generator.model_catalogue import CATALOGUE
+from synthrep_generator.pipeline_kinds import KINDS
 from synthrep_generator.settings import GeneratorSettings, ModelConfig, catalogue_model
 from synthrep_shared.storage import sha256_file
 
@@ -98,7 +104,7 @@ def find_model(settings: GeneratorSettings, alias: str) -> ModelConfig:
     return ModelConfig.model_validate(fields | {"revision": manifest.revision})
 
 
-def list_models(settings: GeneratorSettings) -> dict[str, ModelConfig]:
+def usable_models(settings: GeneratorSettings) -> dict[str, ModelConfig]:
     """Every model that clients may name, by alias: the configured ones and those in the cache."""
     found = dict(settings.models)
     for alias in CATALOGUE:
@@ -121,6 +127,20 @@ def check_model_files(alias: str, model: ModelConfig) -> None:
         raise ModelFilesMissingError(
             f"{wrong[0]} of {alias} is not as it was pulled: {pull_command(alias)}"
         )
+
+
+def check_recipe(model: ModelConfig, *, scheduler: str | None, negative_prompt: str) -> None:
+    """Raises ModelConfigError if the model, where its files are here, cannot follow the settings.
+
+    A service without the files lets the worker judge, which records the prompts as failed.
+    """
+    try:
+        index = json.loads((model.path / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return
+    kind = KINDS.get(index.get("_class_name"))
+    if kind is not None and (reason := kind.refusal(scheduler or "", negative_prompt)):
+        raise ModelConfigError(reason)
 
 
 def _size(path: Path) -> int | None:

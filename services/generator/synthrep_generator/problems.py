@@ -24,6 +24,7 @@ from synthrep_generator.errors import (
     HighWaterError,
     IdempotencyConflictError,
     JudgeMissingError,
+    ModelConfigError,
     UnknownModelError,
     UploadError,
     UploadTooLargeError,
@@ -36,6 +37,7 @@ _SOON_S = 2
 _STATUS: dict[type[Exception], tuple[int, int | None]] = {
     UnknownModelError: (422, None),
     JudgeMissingError: (422, None),
+    ModelConfigError: (422, None),
     UploadError: (422, None),
     UploadTooLargeError: (413, None),
     IdempotencyConflictError: (409, None),

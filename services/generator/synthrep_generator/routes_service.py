@@ -7,6 +7,7 @@ import math
 from fastapi import APIRouter, HTTPException
 
 from synthrep_generator.context import Context, ContextDep, Cursor, Limit, cut_page
+from synthrep_generator.model_files import usable_models
 from synthrep_generator.problems import RETRY_AFTER_S
 from synthrep_shared.asgi import NEEDS_NO_KEY, needs, problem_answers
 from synthrep_shared.messages import (
@@ -31,12 +32,11 @@ router = APIRouter(tags=["service"])
 )
 def list_models(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ModelView]:
     """By alias, each with what it does unless a batch says otherwise."""
-    aliases = sorted(context.settings.models)
+    found = usable_models(context.settings)
+    aliases = sorted(found)
     shown, next_cursor = cut_page(aliases, aliases, cursor, limit)
     models = [
-        ModelView.model_validate(
-            {"alias": alias, **context.settings.models[alias].model_dump(mode="json")}
-        )
+        ModelView.model_validate({"alias": alias, **found[alias].model_dump(mode="json")})
         for alias in shown
     ]
     return Page[ModelView](items=models, next_cursor=next_cursor)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from synthrep_generator.pipeline_kinds import KINDS
 from synthrep_generator.pipelines.samplers import make_scheduler, max_steps
 from synthrep_generator.synthesis import CaptionFit, Recipe
 
@@ -31,14 +32,13 @@ class Family:
     Legend: `B` images, `C` channels, `h`, `w` sides of latents.
     """
 
-    samplers: ClassVar[tuple[str, ...]]
-    takes_negative: ClassVar[bool] = True  # by a second pass for what to steer away from
     texts_at_once: ClassVar[int] = 256
     step_argument: ClassVar[str] = "callback_on_step_end"
     arguments: ClassVar[dict[str, Any]] = {"callback_on_step_end_tensor_inputs": []}
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.kind = KINDS[type(pipeline).__name__]
         self._scheduler_config = pipeline.scheduler.config
 
     @property
@@ -83,12 +83,8 @@ class Family:
 
     def refusal(self, recipe: Recipe) -> str | None:
         """Why the model cannot follow the recipe; None if it can."""
-        kind = type(self.pipeline).__name__
-        if recipe.scheduler not in self.samplers:
-            known = ", ".join(self.samplers)
-            return f"the scheduler {recipe.scheduler} does not fit a {kind}; it takes {known}"
-        if recipe.negative_prompt and not self.takes_negative:
-            return f"a {kind} takes no negative prompt"
+        if reason := self.kind.refusal(recipe.scheduler, recipe.negative_prompt):
+            return reason
         most = max_steps(recipe.scheduler, self._scheduler_config)
         if most is not None and recipe.num_inference_steps > most:
             return f"the scheduler {recipe.scheduler} takes at most {most} steps on this model"
@@ -96,7 +92,7 @@ class Family:
 
     def needs_negative(self, recipe: Recipe) -> bool:
         """Whether a recipe makes use of the embeddings of the negative prompt."""
-        return self.takes_negative and recipe.guidance_scale > 1
+        return self.kind.takes_negative and recipe.guidance_scale > 1
 
     def denoise(
         self,

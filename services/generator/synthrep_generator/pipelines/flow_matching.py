@@ -16,7 +16,6 @@ _FLUX_TOKENS, _FLUX_DISTILLED_TOKENS = 512, 256
 class StableDiffusion3(Family):
     """StableDiffusion3Pipeline: 3 and 3.5, with or without T5."""
 
-    samplers = ("flow-match",)
     texts_at_once = 16
 
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
@@ -41,8 +40,6 @@ class StableDiffusion3(Family):
 class Flux(Family):
     """FluxPipeline: schnell, and dev, which takes guidance as an input; neither steers away."""
 
-    samplers = ("flow-match",)
-    takes_negative = False
     texts_at_once = 16
 
     @property

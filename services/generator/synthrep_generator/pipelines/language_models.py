@@ -19,7 +19,6 @@ _AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False, "negative_
 class PixArt(Family):
     """PixArtAlphaPipeline: T5 of 120 tokens."""
 
-    samplers = ("dpm++", "ddim", "euler")
     texts_at_once = 16
     tokens: ClassVar[int] = 120
     step_argument = "callback"
@@ -54,7 +53,6 @@ class PixArtSigma(PixArt):
 class Sana(Family):
     """SanaPipeline: Gemma, told to enrich the caption; latents of an AutoencoderDC."""
 
-    samplers = ("dpm++", "flow-match")
     texts_at_once = 16
     arguments: ClassVar[dict[str, Any]] = {**Family.arguments, **_AS_GIVEN}
 

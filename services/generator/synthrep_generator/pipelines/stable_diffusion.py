@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from synthrep_generator.pipelines.family import Embeddings, Family, Text, rows
 from synthrep_generator.synthesis import Recipe
 
-_SAMPLERS: tuple[str, ...] = ("ddim", "dpm++", "euler", "euler-a", "lcm")
-
 
 class StableDiffusion(Family):
     """StableDiffusionPipeline: 1.x, 2.x with either prediction type, and their distillations."""
-
-    samplers: ClassVar[tuple[str, ...]] = _SAMPLERS
 
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
         """See Family."""
@@ -28,14 +24,9 @@ class StableDiffusion(Family):
 class LatentConsistency(StableDiffusion):
     """LatentConsistencyModelPipeline: guidance is an input of the network, in few steps."""
 
-    samplers = ("lcm",)
-    takes_negative = False
-
 
 class StableDiffusionXL(Family):
     """StableDiffusionXLPipeline: base, Turbo, Lightning."""
-
-    samplers: ClassVar[tuple[str, ...]] = _SAMPLERS
 
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
         """See Family. An empty negative prompt is zeros where the model was trained so."""
