@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -160,6 +161,23 @@ def batch_is_done(client: httpx.Client, batch: str) -> bool:
     answer = client.get(f"/v1/batches/{batch}")
     assert answer.status_code in (200, 503)
     return answer.status_code == 200 and answer.json()["prompts"]["committed"] == 16
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["shard-half-written", "file-linked", "line-written"])
+def test_a_job_that_dies_around_its_commit_is_done_once(
+    generator_stack: Callable[..., Any], store_root: ObjectPath, tmp_path: Path, place: str
+) -> None:
+    stack = generator_stack(root=str(store_root))
+    marker = tmp_path / "marker"
+    stack.accept([f"bird {i}" for i in range(12)])
+    stack.start("reconciler")
+    stack.start("worker", SYNTHREP_FAILPOINT=place, SYNTHREP_FAILPOINT_MARKER=str(marker))
+    stack.wait_for(lambda: len(stack.decided()) == 12)
+    assert marker.exists()
+    assert len(set(stack.decided())) == 12
+    assert {record.kind for record in stack.records()} == {"shard"}
+    verify(stack)
 
 
 @pytest.mark.long

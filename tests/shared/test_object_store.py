@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +25,23 @@ from synthrep_shared.settings import ServiceSettings
 from synthrep_shared.storage import DatasetPaths, list_datasets, parse_root, prepare_root
 
 pytestmark = pytest.mark.s3
+
+
+def test_who_has_no_root_in_a_store_needs_no_botocore() -> None:
+    program = (
+        "import sys; sys.modules['botocore'] = None; import synthrep_generator.api, "
+        "synthrep_generator.worker, synthrep_generator.reconciler, synthrep_trainer.api"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_without_botocore_a_root_in_a_store_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "botocore.config", None)
+    object_client.s3_client.cache_clear()
+    with pytest.raises(StorageError, match=r"pip install 'synthrep-shared\[s3\]'"):
+        prepare_root(ObjectPath("bucket"))
 
 
 @pytest.mark.parametrize(
