@@ -181,3 +181,13 @@ def _exchange(port: int, raw: bytes, method: str = "GET") -> tuple[int, str, byt
         except (OSError, http.client.HTTPException):
             return 0, "", b""
         return answer.status, content_type, body
+
+
+def hold_open(port: int, connections: int) -> list[socket.socket]:
+    """Connections that each sent half a header and will never send the rest."""
+    held = []
+    for _ in range(connections):
+        connection = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE_S)
+        connection.sendall(b"POST /v1/batches HTTP/1.1\r\nhost: a\r\nx-slow: ")
+        held.append(connection)
+    return held

@@ -17,7 +17,8 @@ import pytest
 
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import ProbeRequest, RunRequest
-from tests.fuzz.abuse import Service, abuse
+from tests.fuzz.abuse import Service, abuse, hold_open
+from tests.fuzz.health import ask
 from tests.fuzz.schemas import Fuzzer
 from tests.fuzz.verdict import MAX_REFUSAL_BYTES, Verdict
 
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.e2e, pytest.mark.timeout(3000)]
 CASES = int(os.environ.get("FUZZ_CASES") or 1000)
 SEED = int(os.environ.get("FUZZ_SEED") or 1)
 MAX_HEALTH_S = 0.2
+SLOW_CONNECTIONS = 1000  # held open all the while, with half a header sent
 ABUSED = 0.25  # part of the cases
 KEY = "fuzz-key"
 ROOT = Path(__file__).parents[2]
@@ -60,7 +62,8 @@ def services(generator_stack: Make, tmp_path: Path) -> Iterator[list[Service]]:
     worker = stack.start("worker")
     urls = [f"http://127.0.0.1:{port}" for port in (stack.settings.port, trainer_port)]
     try:
-        with SynthRep(*urls, api_key=KEY, retries=30, timeout_s=10) as client:
+        stack.wait_for(lambda: all(ask(port) for port in (stack.settings.port, trainer_port)))
+        with SynthRep(*urls, api_key=KEY, timeout_s=10) as client:
             batch = client.submit("birds", ["a", "b", "c [fake:refuse]"], images_per_prompt=2).id
             stack.wait_for(lambda: client.batch(batch).state == "completed")
             worker.kill()
@@ -95,8 +98,11 @@ def send_all(services: list[Service], verdict: Verdict) -> None:
     by_schema = -(-CASES // len(services)) - abused
     for number, service in enumerate(services):
         url = f"http://127.0.0.1:{service.port}"
+        held = hold_open(service.port, SLOW_CONNECTIONS)
         Fuzzer(url, KEY, service.ids, verdict, SEED + number).run(by_schema)
         abuse(service, verdict, abused, SEED + number)
+        for connection in held:
+            connection.close()
 
 
 def test_no_request_breaks_a_service(

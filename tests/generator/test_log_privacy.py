@@ -42,6 +42,8 @@ def test_logs_of_all_processes_are_json_lines_without_prompts_and_keys(generator
     with httpx.Client(base_url=url, headers=headers) as http:
         assert http.post("/v1/batches", content=hostile).status_code == 422
         assert http.get(f"/v1/batches/{PLANTED}%0a%1b").status_code == 404
+        for path in ("/metrics", "/openapi.json"):
+            assert KEY not in http.get(path).text
         assert (
             http.get("/v1/batches", headers={"authorization": f"Bearer {KEY}x"}).status_code == 401
         )
