@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 
-from synthrep_generator.errors import ModelFilesMissingError, ModelHubError
+from synthrep_generator.errors import ModelConfigError, ModelFilesMissingError, ModelHubError
 from synthrep_generator.model_catalogue import CATALOGUE, CatalogueEntry, HubFile
 from synthrep_generator.model_files import (
     MANIFEST,
@@ -25,7 +25,7 @@ from synthrep_generator.model_files import (
     usable_models,
 )
 from synthrep_generator.model_hub import Progress, choose_files, pull_model
-from synthrep_generator.settings import GeneratorSettings, ModelConfig  # noqa: E402
+from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from tests.generator.fake_hub import REVISION, FakeHub, run_hub
 
 INDEX = {
