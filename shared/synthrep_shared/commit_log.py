@@ -7,6 +7,7 @@ what the commit point is. Readers take whole lines only and never lock.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from synthrep_shared.log_media import open_medium
 from synthrep_shared.storage import Location
 
 VERSION = 1
+_LOOK_S = 0.003  # between two looks at the size of a file, a few microseconds each
 Kind = Literal["shard", "failure", "reject", "cancel"]
 
 
@@ -84,6 +86,14 @@ class LogReader:
         self.seq += len(records)
         self._offset = offset
         return records
+
+    def wait(self, timeout_s: float) -> None:
+        """Block for `timeout_s`, or less where the log is a file and something was added to it."""
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(left_s, _LOOK_S))
+            if self.torn_bytes > 0:
+                return
 
     def seek(self, seq: int) -> bool:
         """Go on after `seq`, where that takes no offset; False, without effect, where it does."""

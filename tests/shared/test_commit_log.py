@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import pytest
 
@@ -159,3 +160,18 @@ def test_reader_takes_lines_longer_than_its_buffer(log, path):
     reader = LogReader(path)
     seen = [r.seq for _ in range(3) for r in reader.poll(max_bytes=100)]
     assert seen == [1, 2]
+
+
+def test_a_reader_that_waits_wakes_when_the_log_grows(log, path):
+    shard(log, ref(0))
+    reader = LogReader(path)
+    reader.poll()
+    writer = threading.Timer(0.05, shard, (log, ref(1)))
+    started = time.monotonic()
+    writer.start()
+    reader.wait(30)
+    assert 0.04 < time.monotonic() - started < 10
+    writer.join()
+    assert [r.seq for r in reader.poll()] == [2]
+    reader.wait(0.01)
+    assert reader.poll() == []

@@ -116,6 +116,10 @@ class AdmittedLog:
                     break
         return bool(self._unseen)
 
+    def wait(self, timeout_s: float) -> None:
+        """Block until the log has more, where that is cheap to see, or for `timeout_s`."""
+        self._reader.wait(timeout_s)
+
     def _next(self, admission: Admission) -> CommitRecord:
         deadline = time.monotonic() + _LOG_BEHIND_S
         self._poll()

@@ -22,7 +22,6 @@ rejection takes effect with the next window. A shard that is not what the log sa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -187,7 +186,7 @@ class ShardStream:
                 continue
             if should_stop():
                 return False
-            time.sleep(self._poll_s)
+            self._log.wait(self._poll_s)
         self._log.admit(admission)
         self._order = self._order_of(window)
         return True
