@@ -1,18 +1,16 @@
-"""Accepted prompts and sealed shards, made without an API."""
+"""Prompts accepted without an API, and what becomes of them."""
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 
 from benchmarks.services import Services
 from synthrep_generator.intake import BatchHeader, write_batch
-from synthrep_generator.shard_writer import Member, ShardWriter, publish_shard
-from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader
+from synthrep_generator.settings import ModelConfig
+from synthrep_shared.commit_log import CommitRecord, LogReader
 from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.storage import DatasetPaths
 
@@ -39,26 +37,14 @@ def accept_prompts(
     return header
 
 
-def seal_shard(paths: DatasetPaths, log: CommitLog, gid: str, members: Iterable[Member]) -> None:
-    """Write, publish and commit a shard of one group, as a worker does."""
-    files = list(members)
-    group = GroupRef(
-        gid=gid,
-        caption_id=hashlib.sha256(gid.encode()).hexdigest()[:15],
-        batch=gid,
-        index=0,
-        images=len(files) // 2,
+def plain_settings(model: ModelConfig, *, images_per_prompt: int) -> GenerationSettings:
+    """What the API makes of a request that leaves everything to the model."""
+    return GenerationSettings(
+        images_per_prompt=images_per_prompt,
+        guidance_scale=model.guidance_scale,
+        num_inference_steps=model.num_inference_steps,
+        scheduler=model.scheduler,
     )
-    with ShardWriter(paths.temporary) as writer:
-        writer.add_group(gid, files)
-        written = writer.finish()
-        log.append(
-            "shard",
-            name=partial(publish_shard, written, paths.shards),
-            sha256=written.sha256,
-            num_bytes=written.num_bytes,
-            groups=(group,),
-        )
 
 
 def wait_for_groups(services: Services, paths: DatasetPaths, num_groups: int) -> list[CommitRecord]:

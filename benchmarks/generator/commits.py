@@ -1,49 +1,60 @@
-"""From the sealing of a shard to the first bytes of an image in a trainer that waits."""
+"""From the commit of a shard to the first bytes of an image in a trainer that waits."""
 
 from __future__ import annotations
 
-import random
 import tempfile
 import threading
 import time
 from pathlib import Path
 from statistics import quantiles
 
-from benchmarks.datasets import seal_shard
+from benchmarks.datasets import accept_prompts, plain_settings, wait_for_groups
 from benchmarks.harness import Dose, Measured, case
-from synthrep_generator.shard_writer import Member
-from synthrep_shared.commit_log import CommitLog, LogReader
+from benchmarks.services import Services
+from benchmarks.uploads import captions
+from synthrep_generator.queues import WorkQueue
+from synthrep_shared.commit_log import LogReader
 from synthrep_shared.storage import DatasetPaths
 
-_IMAGES = 160  # of 4 KB: a job of the tiny model
-_IMAGE_BYTES = 4 << 10
+_IMAGES = 10
+_IMAGE_S = 0.015
 _PEER_POLL_S = 1.0
+_FIRST_BYTES = 512
 
 
 @case(
-    "seal to the first bytes at a waiting trainer, p95",
+    "commit to first bytes at a waiting trainer, p95",
     unit="ms",
     peer="a reader that looks once a second",
     higher_is_better=False,
     max_value=10.0,
 )
-def seal_to_first_bytes(dose: Dose) -> Measured:
-    """Both readers wait for the same shards. Ours is the trainer's stream: it verifies the shard,
-    journals the admission, draws, and reads; the peer only opens the file."""
-    shards = dose.size(100, 20)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = DatasetPaths(Path(folder), "latency")
+def commit_to_first_bytes(dose: Dose) -> Measured:
+    """Both wait for the same shards of a real worker, ten images in 0.15 s each.
+
+    Ours is the trainer's stream, which verifies the shard, journals the admission and draws before
+    it reads; the peer opens the file. The clock starts with the record's time stamp, before its
+    line is flushed.
+    """
+    shards = dose.size(150, 30)
+    with tempfile.TemporaryDirectory() as folder, Services(
+        Path(folder), workers=1, api=False, synthesizer="fake", device="cpu",
+        fake_delay_s=_IMAGE_S, job_images=_IMAGES,
+    ) as services:  # fmt: skip
+        paths = DatasetPaths(services.settings.root, "latency")
         paths.make_folders()
-        ours = _Trainer(paths, Path(folder) / "run", shards)
-        peer = _Poller(paths, shards)
-        for thread in (ours, peer):
-            thread.start()
-        sealed_at = _seal_now_and_then(paths, shards)
-        for thread in (ours, peer):
-            thread.join(60)
-    return Measured(
-        _p95_ms(ours.seen_at, sealed_at), _p95_ms(peer.seen_at, sealed_at), 1, f"{shards} shards"
-    )
+        readers = (_Trainer(paths, Path(folder) / "run", shards), _Poller(paths, shards))
+        for reader in readers:
+            reader.start()
+        settings = plain_settings(services.settings.models["tiny"], images_per_prompt=_IMAGES)
+        accept_prompts(paths, list(captions(shards)), settings)
+        WorkQueue(services.settings).nudge()
+        records = wait_for_groups(services, paths, shards)
+        for reader in readers:
+            reader.join(60)
+    committed_at = [record.created_at.timestamp() for record in records]
+    ours, peer = (_p95_ms(reader.seen_at, committed_at) for reader in readers)
+    return Measured(ours, peer, 1, f"{shards} shards")
 
 
 class _Trainer(threading.Thread):
@@ -73,7 +84,7 @@ class _Trainer(threading.Thread):
                 return
             (group,) = batch.groups
             stream.store.read(group.shard, group.place, [0])
-            self.seen_at.append(time.monotonic())
+            self.seen_at.append(time.time())
 
 
 class _Poller(threading.Thread):
@@ -90,30 +101,11 @@ class _Poller(threading.Thread):
         while len(self.seen_at) < self._shards:
             for record in reader.poll():
                 with (self._paths.shards / record.name).open("rb") as stream:
-                    stream.read(_IMAGE_BYTES)
-                self.seen_at.append(time.monotonic())
+                    stream.read(_FIRST_BYTES)
+                self.seen_at.append(time.time())
             time.sleep(_PEER_POLL_S)
 
 
-def _seal_now_and_then(paths: DatasetPaths, shards: int) -> list[float]:
-    log, dice = CommitLog(paths.log), random.Random(0)
-    sealed_at = []
-    for number in range(shards):
-        time.sleep(dice.uniform(0.05, 0.25))
-        gid = f"{number:032x}"
-        seal_shard(paths, log, gid, _members(gid, dice))
-        sealed_at.append(time.monotonic())
-    return sealed_at
-
-
-def _members(gid: str, dice: random.Random) -> list[Member]:
-    members: list[Member] = []
-    for k in range(_IMAGES):
-        members += [(f"{gid}-{k}.jpg", dice.randbytes(_IMAGE_BYTES)), (f"{gid}-{k}.json", b"{}")]
-    return members
-
-
-def _p95_ms(seen_at: list[float], sealed_at: list[float]) -> float:
-    """Of the delays; a reader may see a line before the writer's call returns."""
-    delays = [max(0.0, seen - sealed) for seen, sealed in zip(seen_at, sealed_at, strict=True)]
+def _p95_ms(seen_at: list[float], committed_at: list[float]) -> float:
+    delays = [seen - committed for seen, committed in zip(seen_at, committed_at, strict=True)]
     return 1e3 * quantiles(delays, n=20, method="inclusive")[-1]

@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.datasets import accept_prompts, wait_for_groups
+from benchmarks.datasets import accept_prompts, plain_settings, wait_for_groups
 from benchmarks.harness import Dose, Measured, case, cpu_s, interleave
 from benchmarks.services import Services
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_generator.synthesis import ImageTask, Recipe
-from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.storage import DatasetPaths
 
 _PROMPTS = 8
@@ -124,18 +123,13 @@ def _pipeline() -> Any:
 
 
 def _overhead_of_a_run(num_prompts: int) -> float:
-    model, num_images = _tiny(), num_prompts * _IMAGES_PER_PROMPT
+    num_images = num_prompts * _IMAGES_PER_PROMPT
     with (
         tempfile.TemporaryDirectory() as folder,
         Services(Path(folder), workers=1, api=False, device="cpu", threads=1) as services,
     ):
         paths = DatasetPaths(services.settings.root, "overhead")
-        settings = GenerationSettings(
-            images_per_prompt=_IMAGES_PER_PROMPT,
-            guidance_scale=model.guidance_scale,
-            num_inference_steps=model.num_inference_steps,
-            scheduler=model.scheduler,
-        )
+        settings = plain_settings(_tiny(), images_per_prompt=_IMAGES_PER_PROMPT)
         accept_prompts(paths, prompts_of_tiny(num_prompts), settings)
         records = wait_for_groups(services, paths, num_prompts)
         runs = _runs(services)

@@ -7,13 +7,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.datasets import accept_prompts, wait_for_groups
+from benchmarks.datasets import accept_prompts, plain_settings, wait_for_groups
 from benchmarks.generator import rq_peer
 from benchmarks.harness import Dose, Measured, case, in_process, interleave
 from benchmarks.services import Services
 from benchmarks.uploads import captions, upload
 from synthrep_generator.queues import WorkQueue
-from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.storage import DatasetPaths
 
 _PEER_JOBS = 150
@@ -75,13 +74,7 @@ def _enqueue(dose: Dose, *, images_per_prompt: int) -> Measured:
 
 
 def _ms_per_prompt(services: Services, prompts: int) -> float:
-    model = services.settings.models["tiny"]
-    settings = GenerationSettings(
-        images_per_prompt=1,
-        guidance_scale=model.guidance_scale,
-        num_inference_steps=model.num_inference_steps,
-        scheduler=model.scheduler,
-    )
+    settings = plain_settings(services.settings.models["tiny"], images_per_prompt=1)
     paths = DatasetPaths(services.settings.root, f"queue{time.monotonic_ns()}")
     accept_prompts(paths, list(captions(prompts)), settings)
     WorkQueue(services.settings).nudge()
