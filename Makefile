@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := shared services cli models tests $(wildcard benchmarks)
+SOURCES := shared services cli models tests deploy k8s $(wildcard benchmarks)
 
-.PHONY: help install format lint types imports manifests test test-long chaos e2e-s3 check demo up clean
+.PHONY: help install format lint types imports manifests test test-long chaos e2e-s3 e2e-hosts e2e-compose check demo up down clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
 
 $(STAMP): requirements-dev.txt constraints.txt shared/pyproject.toml services/generator/pyproject.toml services/trainer/pyproject.toml cli/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,8 +34,11 @@ types: $(STAMP) ## mypy, strict
 imports: $(STAMP) ## Who may import whom
 	$(BIN)/lint-imports
 
+manifests: $(STAMP) ## Images, compose file, Kubernetes manifests and alarms, without an engine or a cluster
+	$(BIN)/python -m pytest -q tests/deployment
+
 test: $(STAMP) ## The tests, small doses of the campaigns
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --ignore=tests/deployment
 
 test-long: $(STAMP) ## The full counts of every campaign, a line a measure
 	OMP_NUM_THREADS=1 FUZZ_CASES=20000 PROPERTY_CASES=500 $(BIN)/python -m pytest -q --timeout=3000
@@ -46,13 +49,22 @@ chaos: $(STAMP) ## The fault campaign: CHAOS_FAULTS=200 CHAOS_SEED=1
 e2e-s3: $(STAMP) ## Data sets in an object store: moto stands for S3
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m s3
 
-check: lint types imports test ## Everything that must hold before a change lands
+e2e-hosts: $(STAMP) ## Training over two hosts that fail; hosts are network namespaces, so as root on Linux
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hosts
+
+e2e-compose: $(STAMP) ## The compose file on a Docker engine, which is started if there is none
+	$(BIN)/python -m tests.compose
+
+check: lint types imports manifests test ## Everything that must hold before a change lands
 
 demo: $(STAMP) ## The whole loop on this machine, in about ten minutes
 	$(BIN)/synthrep demo
 
 up: $(STAMP) ## All services in this terminal
 	$(BIN)/synthrep up
+
+down: ## Stop what `make up` started
+	@flock -n runs/up true 2>/dev/null && echo "nothing runs in runs/up" || kill -INT $$(cat runs/up/stack.pid)
 
 clean: ## Remove the environment and the runs
 	rm -rf $(VENV) runs

@@ -74,6 +74,7 @@ def sole_use(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StackError(f"{folder} is in use by other services; name another") from None
+        (folder / "stack.pid").write_text(str(os.getpid()))
         yield
     finally:
         os.close(descriptor)
