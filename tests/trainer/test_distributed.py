@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from synthrep_trainer import distributed
-from synthrep_trainer.encoder import ProjectionHead
+from synthrep_trainer.heads import ProjectionHead
 from synthrep_trainer.losses import clip_loss, multi_positive_contrastive_loss
 
 RANKS = 2

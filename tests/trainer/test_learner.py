@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -202,3 +203,15 @@ def test_weight_decay_follows_its_rate_on_matrices_alone(batch):
     learner = Learner(CONFIG, torch.device("cpu"))
     learner.step(batch, step=1, rates=Rates(lr=0.01, weight_decay=0.3))
     assert [group["weight_decay"] for group in learner._optimizer.param_groups] == [0.3, 0.0]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_learn_what_plain_ones_do(batch):
+    results = []
+    for is_compiled in (False, True):
+        learner = Learner(CONFIG, torch.device("cpu"), is_compiled=is_compiled)
+        results.append([learner.step(batch, step=step, rates=RATES).loss for step in (1, 2)])
+    assert results[1] == pytest.approx(results[0], rel=1e-3)
+    assert all("_orig_mod" not in name for name in learner.parts()["encoder"])

@@ -1,15 +1,11 @@
-"""Vision transformer and projection head: images to features to embeddings. Sole importer of timm.
+"""Vision transformer: images to features. Sole importer of timm.
 
 Features are what a run is for: the class token after the final norm, which probes and exports read.
-Embeddings are what the loss sees: the output of the projection head, not normalised (the loss
-normalises in fp32). Encoder and head are separate modules, because the encoder has no batch
-statistics and may see a batch in pieces, while the head has them and must see it whole.
+The encoder has no batch statistics and may see a batch in pieces; see `heads` for what has them.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,9 +16,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from synthrep_trainer import distributed
+from synthrep_trainer.randomness import seeded_with
 
 # Our own small models, as timm models with other arguments, so that timm alone can load an export.
 _OWN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,6 +107,11 @@ class Encoder(nn.Module):
         features: Tensor = tokens[:, 0]
         return features
 
+    def compile_blocks(self) -> None:
+        """Compile the transformer's blocks in place, once for all of them, at their first use."""
+        for block in self.backbone.blocks:
+            block.compile()
+
     def tokens(
         self,
         images: Float[Tensor, "batch 3 height width"],
@@ -152,81 +152,6 @@ class Encoder(nn.Module):
         return torch.cat([*prefix, patches], dim=1) + positions
 
 
-class CrossRankBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d whose training statistics cover the rows of all ranks, one view at a time.
-
-    On one process it is `BatchNorm1d`. `nn.SyncBatchNorm` runs on CUDA alone and knows no views;
-    this runs on any device, with two small sums per call. Its state dict is that of `BatchNorm1d`.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def forward(
-        self, rows: Float[Tensor, "batch features"], num_views: int = 1
-    ) -> Float[Tensor, "batch features"]:
-        """Normalises row i with the statistics of the rows of view i % `num_views`.
-
-        Running statistics take the views in turn.
-        """
-        is_alone = distributed.world_size() == 1
-        if not self.training or (is_alone and num_views == 1):
-            return super().forward(rows)
-        views = rows.unflatten(0, (-1, num_views))  # (B / views, views, features)
-        if is_alone:
-            outputs = [super(CrossRankBatchNorm, self).forward(view) for view in views.unbind(1)]
-            return torch.stack(outputs, dim=1).flatten(0, 1)
-        num_rows = len(views) * distributed.world_size()
-        values = views.float()
-        means = distributed.sum_with_gradient(values.sum(0)) / num_rows  # (views, features)
-        centred = values - means
-        variances = distributed.sum_with_gradient(centred.square().sum(0)) / num_rows
-        self._update_running_statistics(means, variances * num_rows / (num_rows - 1))
-        normalised = centred * torch.rsqrt(variances + self.eps) * self.weight + self.bias
-        return normalised.flatten(0, 1).to(rows.dtype)
-
-    @torch.no_grad()
-    def _update_running_statistics(self, means: Tensor, variances: Tensor) -> None:
-        for mean, variance in zip(means, variances, strict=True):
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
-        self.num_batches_tracked.add_(len(means))
-
-
-class ProjectionHead(nn.Module):
-    """The published three-layer MLP: two hidden layers with BatchNorm and ReLU, a linear output."""
-
-    def __init__(self, width: int, *, hidden: int = 4096, dim: int = 256) -> None:
-        """Maps features of `width` to embeddings of `dim`."""
-        super().__init__()
-        self.linears = nn.ModuleList(
-            [nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, dim)]
-        )
-        self.norms = nn.ModuleList([CrossRankBatchNorm(hidden), CrossRankBatchNorm(hidden)])
-
-    def forward(
-        self, features: Float[Tensor, "batch features"], num_views: int = 1
-    ) -> Float[Tensor, "batch dim"]:
-        """Embeddings, not normalised.
-
-        Args:
-            features: in training more than one row a view, over all ranks.
-            num_views: 1 takes batch statistics over all rows. The published code takes them over
-                one image of each caption: with groups of m adjacent rows, `num_views=m`.
-
-        Raises:
-            ValueError: `num_views` does not divide the batch.
-        """
-        if len(features) % num_views:
-            raise ValueError(f"{len(features)} rows do not divide into {num_views} views")
-        for linear, norm in zip(self.linears, self.norms, strict=False):
-            features = F.relu(norm(linear(features), num_views))
-        embeddings: Tensor = self.linears[-1](features)
-        return embeddings
-
-
 def timm_arguments(config: EncoderConfig) -> tuple[str, dict[str, Any]]:
     """Name and keyword arguments with which `timm.create_model` builds the backbone.
 
@@ -257,7 +182,7 @@ def make_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
             the image.
     """
     name, arguments = timm_arguments(config)
-    with _seeded(seed):
+    with seeded_with(seed):
         try:
             backbone = timm.create_model(name, **arguments)
         except AssertionError as error:  # how timm reports a ViT that pools its patches
@@ -271,12 +196,6 @@ def make_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
     return Encoder(backbone)
 
 
-def make_projection_head(config: EncoderConfig, width: int, *, seed: int) -> ProjectionHead:
-    """A freshly initialised head for features of `width`; the same seed gives the same weights."""
-    with _seeded(seed):
-        return ProjectionHead(width, hidden=config.projection_hidden, dim=config.projection_dim)
-
-
 def parameter_groups(*modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for an optimizer: biases, norms and whatever else has one dimension do not decay.
 
@@ -287,11 +206,3 @@ def parameter_groups(*modules: nn.Module, weight_decay: float) -> list[dict[str,
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """A block whose CPU draws follow the seed and leave the global generators as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -25,6 +25,7 @@ from synthrep_trainer.checkpoint import Parts
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder, parameter_groups
 from synthrep_trainer.errors import CollapseError, NonFiniteLossError
 from synthrep_trainer.gradient_cache import backward_in_pieces, features_in_pieces
+from synthrep_trainer.learner_state import load_parts, parts_of
 from synthrep_trainer.moving_average import MovingAverage
 from synthrep_trainer.objectives import (
     Features,
@@ -47,8 +48,6 @@ _LEAST_SPREAD = 1e-6
 _OBJECTIVE_SEED_OFFSET, _TOWER_SEED_OFFSET = 1, 2  # seeds of their own, beside the encoder's
 _ROWS_PER_PASS = 256
 _STUDENT, _TEACHER = 0, 1  # who draws random numbers in a step
-_ENCODER, _AVERAGED_ENCODER = "towers.encoder.", "encoder."  # where state dicts have them
-_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,9 @@ class StepResult(NamedTuple):
 class Learner:
     """Learns from batches on one device; on several ranks, all of them make and call it alike."""
 
-    def __init__(self, config: LearnerConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: LearnerConfig, device: torch.device, *, is_compiled: bool = False
+    ) -> None:
         """Raises ValueError if there is no such encoder, or the objective lacks its average."""
         self.config, self._device = config, device
         encoder = make_encoder(config.encoder, seed=config.seed)
@@ -105,6 +106,9 @@ class Learner:
             raise ValueError(f"{config.objective.name} needs a moving average: it is the teacher")
         self._average = MovingAverage(self._averaged()) if config.has_moving_average else None
         self._teacher = TeacherTower(self.best_encoder) if has_teacher else None
+        if is_compiled:
+            for used in (encoder, self.best_encoder):
+                used.compile_blocks()
         self._model = nn.ModuleDict({"towers": self._towers, "objective": self._objective})
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self._model, weight_decay=1.0), lr=0.0, betas=config.betas
@@ -168,30 +172,13 @@ class Learner:
 
     def parts(self) -> Parts:
         """All tensors of a checkpoint, by part."""
-        parts = {"optimizer": dict(self._optimizer_tensors()), "progress": self._progress()}
-        parts["encoder"], parts["heads"] = _split(self._model.state_dict(), _ENCODER)
-        if self._average is not None:
-            average = self._average.module.state_dict()
-            parts["ema_encoder"], parts["ema_heads"] = _split(average, _AVERAGED_ENCODER)
-        return parts
+        progress = {"skipped_in_a_row": torch.tensor(self._skipped_in_a_row)}
+        return parts_of(self._model, self._optimizer, self._average) | {"progress": progress}
 
     def load(self, parts: Parts) -> None:
         """Become what was saved; raises RuntimeError or KeyError if it was another model."""
-        self._model.load_state_dict(_joined(parts["encoder"], parts["heads"], _ENCODER))
-        if self._average is not None:
-            average = _joined(parts["ema_encoder"], parts["ema_heads"], _AVERAGED_ENCODER)
-            self._average.module.load_state_dict(average)
+        load_parts(parts, self._model, self._optimizer, self._average)
         self._skipped_in_a_row = int(parts["progress"]["skipped_in_a_row"])
-        tensors = parts["optimizer"]
-        for name, parameter in self._model.named_parameters():
-            if f"step.{name}" in tensors:  # else no step was taken before
-                # AdamW keeps its step count on the CPU and its moments with the parameter.
-                self._optimizer.state[parameter] = {
-                    key: tensors[f"{key}.{name}"].to(
-                        "cpu" if key == "step" else self._device, copy=True
-                    )
-                    for key in _OPTIMIZER_STATE
-                }
 
     def _backward(self, batch: Batch, step: int) -> tuple[Features, Outcome]:
         """Gradients of the step, of all ranks."""
@@ -289,27 +276,3 @@ class Learner:
                 "try a smaller lr, a longer warm-up or more captions a batch"
             )
         return health(features.images, outcome.embeddings, batch.caption_ids)
-
-    def _progress(self) -> dict[str, Tensor]:
-        return {"skipped_in_a_row": torch.tensor(self._skipped_in_a_row)}
-
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._model.named_parameters():
-            state: Mapping[str, Tensor] = self._optimizer.state[parameter]
-            for key in _OPTIMIZER_STATE if state else ():
-                yield f"{key}.{name}", state[key]
-
-
-def _split(
-    tensors: Mapping[str, Tensor], prefix: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors below `prefix`, without it, and the others."""
-    below = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return below, {name: t for name, t in tensors.items() if not name.startswith(prefix)}
-
-
-def _joined(
-    below: Mapping[str, Tensor], others: Mapping[str, Tensor], prefix: str
-) -> dict[str, Tensor]:
-    """Inverse of `_split`."""
-    return {f"{prefix}{name}": t for name, t in below.items()} | dict(others)

@@ -53,6 +53,11 @@ class StepMetrics(BaseModel):
     """images_committed / images_seen."""
     shards_quarantined: int
 
+    def numbers(self) -> dict[str, float]:
+        """What has a value, by name; terms as `terms/NAME`."""
+        fields = self.model_dump(exclude={"step", "time", "terms"}, exclude_none=True)
+        return fields | {f"terms/{name}": value for name, value in self.terms.items()}
+
 
 class MetricsWriter:
     """Appends to `metrics.jsonl`, after dropping what it has of steps after `step`."""

@@ -22,6 +22,14 @@ def seeded(*parts: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def seeded_with(seed: int) -> Iterator[None]:
+    """A block in which initial weights are drawn on the CPU, by torch's generator of this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def seed_of(*parts: int) -> int:
     """One seed of 63 bits from several parts, each at least 0."""
     # The number of parts is one of them, since a seed ends as if in zeros.

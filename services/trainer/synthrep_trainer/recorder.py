@@ -17,6 +17,7 @@ from synthrep_trainer.metrics import MetricsWriter, StepMetrics
 from synthrep_trainer.runs import RunFolder
 from synthrep_trainer.settings import TrainerSettings
 from synthrep_trainer.shard_stream import Cursor, ShardStream
+from synthrep_trainer.trackers import TrackedRun, Trackers, make_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -35,46 +36,29 @@ class RunRecorder:
         self._record, self._learner, self._stream = folder.record, learner, stream
         self._step = step
         self._metrics: MetricsWriter | None = None
+        self._trackers: Trackers | None = None
         self._last_step_at = 0.0
 
     def __enter__(self) -> Self:
         if distributed.rank() == 0:
             self._metrics = MetricsWriter(self._folder.metrics, step=self._step)
+            self._trackers = self._make_trackers()
         self._last_step_at = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._metrics is not None:
             self._metrics.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def record_step(self, step: int, result: StepResult, *, wait_s: float) -> None:
-        """Append the step's line."""
+        """Append the step's line, and give its numbers to the trackers."""
         now = time.monotonic()
-        views = self._record.views_per_step
-        judged = result.health
-        if self._metrics is not None:
-            committed = self._stream.images_committed
-            self._metrics.write(
-                StepMetrics(
-                    step=step,
-                    time=datetime.now(UTC),
-                    loss=_finite(result.loss),
-                    lr=result.lr,
-                    gradient_norm=_finite(result.gradient_norm),
-                    terms={n: v for n, v in result.terms.items() if math.isfinite(v)},
-                    is_skipped=result.is_skipped,
-                    effective_rank=judged and judged.effective_rank,
-                    alignment=judged and judged.alignment,
-                    uniformity=judged and judged.uniformity,
-                    knn_accuracy=result.knn_accuracy,
-                    images_seen=step * views,
-                    images_per_s=views / (now - self._last_step_at),
-                    wait_s=wait_s,
-                    images_committed=committed,
-                    generated_per_trained=committed / (step * views),
-                    shards_quarantined=self._stream.store.num_quarantined,
-                )
-            )
+        if self._metrics is not None and self._trackers is not None:
+            metrics = self._step_metrics(step, result, wait_s=wait_s, now=now)
+            self._metrics.write(metrics)
+            self._trackers.log(step, metrics.numbers())
         self._last_step_at = now
 
     def save(self, step: int, cursor: Cursor) -> None:
@@ -94,6 +78,48 @@ class RunRecorder:
             keep_every=self._settings.keep_every_steps,
         )
         _log.info("checkpoint_saved", extra={"step": step, "path": str(path)})
+
+    def _step_metrics(
+        self, step: int, result: StepResult, *, wait_s: float, now: float
+    ) -> StepMetrics:
+        views, committed = self._record.views_per_step, self._stream.images_committed
+        judged = result.health
+        return StepMetrics(
+            step=step,
+            time=datetime.now(UTC),
+            loss=_finite(result.loss),
+            lr=result.lr,
+            gradient_norm=_finite(result.gradient_norm),
+            terms={n: v for n, v in result.terms.items() if math.isfinite(v)},
+            is_skipped=result.is_skipped,
+            effective_rank=judged and judged.effective_rank,
+            alignment=judged and judged.alignment,
+            uniformity=judged and judged.uniformity,
+            knn_accuracy=result.knn_accuracy,
+            images_seen=step * views,
+            images_per_s=views / (now - self._last_step_at),
+            wait_s=wait_s,
+            images_committed=committed,
+            generated_per_trained=committed / (step * views),
+            shards_quarantined=self._stream.store.num_quarantined,
+        )
+
+    def _make_trackers(self) -> Trackers:
+        request = self._record.request
+        run = TrackedRun(
+            id=self._folder.id,
+            dataset=request.dataset,
+            folder=self._folder.path,
+            step=self._step,
+            request=request.model_dump(mode="json"),
+        )
+        settings = self._settings
+        return make_trackers(
+            run,
+            wandb_project=settings.wandb_project,
+            wandb_mode=settings.wandb_mode,
+            mlflow_uri=settings.mlflow_uri,
+        )
 
 
 def _finite(value: float) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -43,6 +44,14 @@ class TrainerSettings(ServiceSettings):
     """Pause between two looks at the commit log while waiting for it to grow."""
     verify_s: float = Field(default=10.0, gt=0)
     """Time spent on verifying new shards before a window opens that could open already."""
+    compile: bool = False
+    """Whether torch compiles the encoder's blocks; needs a C++ compiler, on CUDA too."""
+    wandb_project: str = ""
+    """Project of Weights & Biases that runs are shown in, if wandb is installed; empty: none."""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """Whether wandb sends numbers at once, or keeps them in the run's folder for `wandb sync`."""
+    mlflow_uri: str = ""
+    """Address of an MLflow server that runs are shown in, if mlflow is installed; empty: none."""
     keep_checkpoints: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
     keep_every_steps: int = Field(default=0, ge=0)

@@ -49,7 +49,8 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     """
     record = folder.record
     device = choose_device(settings.device)
-    learner = Learner(recipe.learner_config(record, device.type), device)
+    config = recipe.learner_config(record, device.type)
+    learner = Learner(config, device, is_compiled=settings.compile)
     checkpoint = _load_newest_of_rank_0(folder)
     step, cursor = 0, Cursor()
     if checkpoint is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from jaxtyping import Int64
 from torch import Tensor
 
-from synthrep_trainer.encoder import EncoderConfig, make_projection_head
+from synthrep_trainer.encoder import EncoderConfig
+from synthrep_trainer.heads import make_projection_head
 from synthrep_trainer.losses import multi_positive_contrastive_loss
 from synthrep_trainer.objectives.objective import (
     Features,

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from synthrep_trainer.encoder import Encoder, EncoderConfig, make_projection_head
+from synthrep_trainer.encoder import Encoder, EncoderConfig
+from synthrep_trainer.heads import make_projection_head
 from synthrep_trainer.losses import clip_loss, multi_positive_contrastive_loss
 from synthrep_trainer.objectives.objective import (
     Features,
