@@ -56,6 +56,16 @@ def test_a_chunk_in_flight_is_not_fed_again(queue: WorkQueue) -> None:
     assert queue.queue_view().depth == 1
 
 
+def test_chunks_are_fed_together_but_for_those_in_flight(queue: WorkQueue) -> None:
+    chunks = [chunk(10 * number) for number in range(600)]
+    queue.feed(chunks[7])
+    assert queue.feed_all(chunks) == 599
+    assert queue.feed_all(chunks) == 0
+    flight = queue.in_flight()
+    assert set(flight.chunks) == flight.queued == {each.id for each in chunks}
+    assert [job.chunk for job in (take(queue), take(queue)) if job] == [chunks[7], chunks[0]]
+
+
 def test_a_chunk_is_forgotten_by_one_caller_only(queue: WorkQueue) -> None:
     queue.feed(chunk())
     assert [queue.forget(chunk().id) for _ in range(2)] == [True, False]

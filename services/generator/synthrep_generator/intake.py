@@ -82,7 +82,7 @@ def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]
         with written.open("x", encoding="utf-8") as stream:
             stream.write(header.model_dump_json() + "\n")
             for index, prompt in enumerate(prompts):
-                stream.write(json.dumps({"index": index, "prompt": prompt}) + "\n")
+                stream.write(f'{{"index": {index}, "prompt": {json.dumps(prompt)}}}\n')
             stream.flush()
             os.fsync(stream.fileno())
         failpoint("batch-written")

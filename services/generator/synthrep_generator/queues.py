@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,7 @@ FUNCTION = "synthrep_generator.jobs.generate_shard"
 ALLOWED_FUNCTIONS = frozenset({FUNCTION})
 SOCKET_TIMEOUT_S = 5.0
 _ABANDONED_TTL_S = 3600  # how long RQ remembers the ticket of a worker that was killed
+_FEED_AT_ONCE = 256  # keeps a transaction short
 _NUDGE_WAIT_S = 2.0  # one blocking call; below the socket's timeout
 
 
@@ -147,18 +149,37 @@ class WorkQueue:
         failpoint("chunk-enqueued")
         return True
 
+    def feed_all(self, chunks: Sequence[Chunk]) -> int:
+        """As `feed`, in few round trips; returns how many were not in flight already."""
+        fed = 0
+        for start in range(0, len(chunks), _FEED_AT_ONCE):
+            some = chunks[start : start + _FEED_AT_ONCE]
+            with self.redis.pipeline() as pipeline:
+                for chunk in some:
+                    pipeline.hsetnx(self.register_key, chunk.id, chunk.model_dump_json())
+                fresh = [c for c, is_new in zip(some, pipeline.execute(), strict=True) if is_new]
+            failpoint("chunk-registered")
+            self.rq.enqueue_many([Queue.prepare_data(**self._job(chunk)) for chunk in fresh])
+            failpoint("chunk-enqueued")
+            fed += len(fresh)
+        return fed
+
     def enqueue(self, chunk: Chunk, *, at_front: bool = False) -> None:
-        """Ask for a run of a registered chunk. The job's id is fresh: RQ runs equal ids twice."""
-        self.rq.enqueue_call(
-            FUNCTION,
-            args=(chunk.model_dump_json(),),
-            job_id=f"{chunk.id}-{secrets.token_hex(8)}",
-            timeout=-1,  # the supervisor's clock is the one that counts
-            result_ttl=0,
-            failure_ttl=_ABANDONED_TTL_S,
-            description=f"{chunk.num_prompts} prompts of {chunk.dataset}",
-            at_front=at_front,
-        )
+        """Ask for a run of a registered chunk."""
+        self.rq.enqueue_call(**self._job(chunk), at_front=at_front)
+
+    @staticmethod
+    def _job(chunk: Chunk) -> dict[str, Any]:
+        """What RQ is to keep of a chunk. The job's id is fresh: RQ runs equal ids twice."""
+        return {
+            "func": FUNCTION,
+            "args": (chunk.model_dump_json(),),
+            "job_id": f"{chunk.id}-{secrets.token_hex(8)}",
+            "timeout": -1,  # the supervisor's clock is the one that counts
+            "result_ttl": 0,
+            "failure_ttl": _ABANDONED_TTL_S,
+            "description": f"{chunk.num_prompts} prompts of {chunk.dataset}",
+        }
 
     def forget(self, chunk_id: str) -> bool:
         """Take a chunk out of the register; True for the one caller that did it."""

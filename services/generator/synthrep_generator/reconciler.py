@@ -81,8 +81,7 @@ class Reconciler:
         workers = max(1, len(self._queue.workers()))
         room = max(0, self._settings.jobs_ahead * workers - waiting)
         in_flight = {place for chunk in flight.chunks.values() for place in chunk.places()}
-        for chunk in cut_chunks(list(self._feeds.values()), in_flight, room=room):
-            fed += self._queue.feed(chunk)
+        fed += self._queue.feed_all(cut_chunks(list(self._feeds.values()), in_flight, room=room))
         if fed:
             logger.info("chunks fed", extra={"chunks": fed, "waiting": waiting})
         return fed
