@@ -218,10 +218,10 @@ def test_models_workers_queue_and_groups_fit_the_models(synthrep, factory):
     for name, view in {"queue": messages.QueueView, "scale": messages.ScaleView}.items():
         view.model_validate(synthrep.request("GET", f"{GENERATOR}/v1/{name}"))
     ((group,),) = [[ref.gid for ref in record.groups] for record in read_log(factory.paths.log)]
-    found = messages.GroupView.model_validate(
-        synthrep.request("GET", f"{GENERATOR}/v1/groups/{group}")
-    )
+    found = synthrep.group(group)
     assert (found.gid, found.images, len(found.samples)) == (group, 2, 2)
+    images = [synthrep.image_bytes(group, k) for k in range(2)]
+    assert [image[:2] for image in images] == [b"\xff\xd8"] * 2
     rejected = synthrep.request("POST", f"{GENERATOR}/v1/groups/{group}/reject")
     assert messages.GroupView.model_validate(rejected).rejected
     assert synthrep.dataset("birds").rejected == 1
