@@ -179,6 +179,33 @@ def test_device_batches_hold_images_of_several_prompts(stack: Any, bench: Bench)
     assert over == []
 
 
+class Shrinking(FakeSynthesizer):
+    """Finds at its second pass that the device takes half as many."""
+
+    def generate(self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Any) -> list[Any]:
+        images = super().generate(tasks, recipe, on_step)
+        self.passes = [*getattr(self, "passes", []), len(tasks)]
+        if len(self.passes) == 2:
+            self.batch_images = 2
+        return images
+
+
+def test_samples_tell_how_many_images_shared_the_device(stack: Any, bench: Bench) -> None:
+    stack.accept(PROMPTS, images=3)
+    synthesizer = Shrinking(store_px=STORE_PX, batch_images=5)
+    run(stack, replace(bench, synthesizer=synthesizer), chunk())
+    assert synthesizer.passes == [5, 5, 2, 2, 1]
+    told = [metadata["batch_images"] for _, _, metadata, _ in read_shard(stack, stack.records()[0])]
+    assert told == [5] * 5 + [2, 2, 2, 2, 1] + [2, 2, 2, 2, 1]
+
+
+def test_refused_prompts_are_not_counted_in_a_pass(stack: Any, bench: Bench) -> None:
+    stack.accept(["a robin", "x [fake:refuse]", "a wren", "a crow"], images=1)
+    run(stack, bench, chunk(4))
+    told = [metadata["batch_images"] for _, _, metadata, _ in read_shard(stack, stack.records()[0])]
+    assert told == [3, 3, 3]
+
+
 def test_what_is_decided_is_not_made_again(stack: Any, bench: Bench) -> None:
     header = stack.accept(PROMPTS)
     run(stack, bench, chunk(2))
