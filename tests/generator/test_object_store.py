@@ -156,11 +156,18 @@ def test_copies_make_room_for_new_ones(root: ObjectPath, pets: Any, backlog: Any
                 os.utime(copy, (0, 0))
 
 
-def test_a_store_that_does_not_answer_is_503_and_comes_back(
-    store: Any, client: TestClient, done: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hasty_client(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The client of this process asks once."""
     monkeypatch.setattr(object_client, "ATTEMPTS", 1)
     object_client.s3_client.cache_clear()
+    yield
+    object_client.s3_client.cache_clear()
+
+
+def test_a_store_that_does_not_answer_is_503_and_comes_back(
+    store: Any, hasty_client: None, client: TestClient, done: Any
+) -> None:
     body = {"dataset": "pets", "prompts": ["a fox"]}
     calls = [("GET", "/v1/datasets", None), ("GET", "/readyz", None), ("POST", "/v1/batches", body)]
     store.error_rate, store.hang_s = 1.0, 0.0
@@ -169,7 +176,6 @@ def test_a_store_that_does_not_answer_is_503_and_comes_back(
         assert answers <= {503, 200, 202}
         assert 503 in answers
     store.heal()
-    object_client.s3_client.cache_clear()
     assert [client.request(m, u, json=j).status_code for m, u, j in calls] == [200, 200, 202]
 
 
