@@ -68,6 +68,8 @@ class TrainerSettings(ServiceSettings):
     """Restarts of a crashed train process in a row without a new checkpoint in between."""
     grace_s: float = Field(default=20.0, gt=0)
     """Time that a stopping child gets for its checkpoint before it is killed."""
+    rank_timeout_s: float = Field(default=600.0, gt=0)
+    """A step that misses a rank for so long ends the process with an error."""
     heartbeat: Path | None = None
     """File that the launcher touches every second, for health checks."""
     max_body_bytes: int = Field(default=64 << 10, ge=1024)

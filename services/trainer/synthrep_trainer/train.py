@@ -102,7 +102,10 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     try:
-        with distributed.process_group(), _alone(folder, settings.grace_s):
+        with (
+            distributed.process_group(timeout_s=settings.rank_timeout_s),
+            _alone(folder, settings.grace_s),
+        ):
             is_completed = run(folder, settings, stop.is_set)
     except Exception as error:
         _log.exception("training_failed", extra={"run": folder.id})
