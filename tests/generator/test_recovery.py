@@ -261,18 +261,19 @@ def test_a_flushed_redis_loses_nothing_and_is_made_up_within_30_s(
     flushed_at = time.monotonic()
     backlog = 90 - len(stack.decided())
     watch.start()
-    stack.wait_for(lambda: len(watch.accepted) == 10)
-    accepted = 90 + 2 * len(watch.accepted)
-    stack.wait_for(lambda: len(stack.decided()) == accepted, timeout_s=120)
+    stack.wait_for(lambda: sum(b == batch for b, _ in stack.decided()) == 90, timeout_s=120)
     seconds = time.monotonic() - flushed_at
+    stack.wait_for(lambda: len(watch.accepted) == 10)
+    stack.wait_for(lambda: len(stack.decided()) == 90 + 2 * len(watch.accepted))
     watch.end()
     verify(stack)
     watch.check(is_redis_gone=False)
     say(
         f"redis flushed: {watch.answers.total()} answers as promised, the longest took "
-        f"{watch.longest_s:.2f} s; {backlog} prompts ({backlog / 10:.1f} s of work) and 20 more "
-        f"committed after {seconds:.1f} s, limit 30"
+        f"{watch.longest_s:.2f} s; {backlog} prompts ({backlog / 10:.1f} s of work) committed "
+        f"after {seconds:.1f} s, limit 30"
     )
+    assert backlog / 10 < 10
     assert seconds < 30
 
 
