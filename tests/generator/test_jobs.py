@@ -260,6 +260,44 @@ def test_a_stopped_job_seals_whole_groups_only(stack: Any, bench: Bench) -> None
     check_shard(stack, stack.records()[0], header, PROMPTS)
 
 
+class Late(FakeSynthesizer):
+    """Its images are ready only once the next pass was given, or is known not to come."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.events: list[str] = []
+
+    def start(self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Any) -> Any:
+        number = sum(event.startswith("given") for event in self.events)
+        self.events.append(f"given {number}")
+        events, made = self.events, self.generate(tasks, recipe, on_step)
+
+        class Pending:
+            is_ready = False
+
+            def results(self) -> list[Any]:
+                events.append(f"taken {number}")
+                return made
+
+        return Pending()
+
+
+def test_a_pass_is_taken_while_the_device_has_the_next(stack: Any, bench: Bench) -> None:
+    header = stack.accept(PROMPTS)
+    late = Late(store_px=STORE_PX, batch_images=4)
+    assert run(stack, replace(bench, synthesizer=late), chunk()).committed == 5
+    check_shard(stack, stack.records()[0], header, PROMPTS)
+    assert late.events == ["given 0", "given 1", "taken 0", "given 2", "taken 1", "taken 2"]
+
+
+def test_a_pass_that_was_made_before_the_stop_is_sealed(stack: Any, bench: Bench) -> None:
+    header = stack.accept(PROMPTS, images=3)
+    late = Late(store_px=STORE_PX, batch_images=4)
+    stopped = replace(bench, synthesizer=late, watch=Watch(stop_at=9))
+    assert run(stack, stopped, chunk()).committed == 2
+    check_shard(stack, stack.records()[0], header, PROMPTS)
+
+
 def test_a_discarded_job_commits_nothing(stack: Any, bench: Bench) -> None:
     stack.accept(PROMPTS)
     assert run(stack, replace(bench, watch=Watch(9, discard=True)), chunk()) == JobResult()

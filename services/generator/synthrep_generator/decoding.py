@@ -26,6 +26,11 @@ class Decoding:
     finite: Tensor
     ready: torch.cuda.Event | None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `results` would not wait."""
+        return self.ready is None or self.ready.query()
+
     def results(self) -> list[Pixels | PermanentPromptError]:
         """The images, once they are all there."""
         if self.ready is not None:

@@ -7,6 +7,7 @@ forked from a process that used the device, and never outlives its parent.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import queue
@@ -199,6 +200,7 @@ class DeviceProcess:
         if self._synthesizer is None or alias != self._alias:
             model = find_model(self._settings, alias)
             self._synthesizer = None  # frees the device's memory first
+            gc.collect()  # of cycles too: a compiled network refers to itself
             synthesizer = make_synthesizer(self._settings, alias, model)
             warm_up(synthesizer, model)
             self._alias, self._synthesizer = alias, synthesizer

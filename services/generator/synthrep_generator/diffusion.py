@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +28,15 @@ from synthrep_generator.pipelines.caption_cache import CaptionCache
 from synthrep_generator.pipelines.family import Family, Text
 from synthrep_generator.pipelines.loading import load_family
 from synthrep_generator.settings import ModelConfig
-from synthrep_generator.synthesis import CaptionFit, ImageTask, Pixels, Recipe, refuse_long
+from synthrep_generator.synthesis import (
+    CaptionFit,
+    ImageTask,
+    PendingImages,
+    Pixels,
+    ReadyImages,
+    Recipe,
+    refuse_long,
+)
 
 __all__ = ["DiffusersSynthesizer", "load_synthesizer", "pixels_from_decoded"]
 
@@ -107,26 +116,31 @@ class DiffusersSynthesizer:
         with self._tokenizing:
             return self._fit(prompt)
 
-    @torch.inference_mode()
     def generate(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
     ) -> list[Pixels | PermanentPromptError]:
+        """See synthesis.Synthesizer."""
+        return self.start(tasks, recipe, on_step).results()
+
+    @torch.inference_mode()
+    def start(
+        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
+    ) -> PendingImages:
         """See synthesis.Synthesizer. Out of device memory, it goes on with half as many at once.
 
         Raises torch.OutOfMemoryError if not even one image fits.
         """
         if reason := self._family.refusal(recipe):
-            return [PermanentPromptError(reason) for _ in tasks]
+            return ReadyImages([PermanentPromptError(reason) for _ in tasks])
         refusals = [refuse_long(self.caption_fit(task.prompt), recipe) for task in tasks]
         wanted = [task for task, no in zip(tasks, refusals, strict=True) if no is None]
-        made = iter(self._make(wanted, recipe, on_step))
-        return [next(made) if no is None else no for no in refusals]
+        return _Pending(refusals, self._make(wanted, recipe, on_step), self._timed)
 
     def _make(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
-    ) -> list[Pixels | PermanentPromptError]:
-        results: list[Pixels | PermanentPromptError] = []
-        decoding: Decoding | None = None
+    ) -> list[Decoding]:
+        """Begins to decode each part of the tasks that fits the device."""
+        decodings: list[Decoding] = []
         done = 0
         while done < len(tasks):
             part = tasks[done : done + self._max_batch]
@@ -142,16 +156,9 @@ class DiffusersSynthesizer:
                 # Outside of the handler, whose traceback holds the tensors of the failed attempt.
                 self._back_off(len(part) // 2)
                 continue
-            results += self._collect(decoding)
-            decoding = started
+            decodings.append(started)
             done += len(part)
-        return results + self._collect(decoding)
-
-    def _collect(self, decoding: Decoding | None) -> list[Pixels | PermanentPromptError]:
-        if decoding is None:
-            return []
-        with self._timed():
-            return decoding.results()
+        return decodings
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -235,3 +242,21 @@ class DiffusersSynthesizer:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """See synthesis.PendingImages; a refusal stands in the place of what was not made."""
+
+    refusals: list[PermanentPromptError | None]
+    decodings: list[Decoding]
+    timed: Callable[[], contextlib.AbstractContextManager[None]]
+
+    @property
+    def is_ready(self) -> bool:
+        return all(decoding.is_ready for decoding in self.decodings)
+
+    def results(self) -> list[Pixels | PermanentPromptError]:
+        with self.timed():
+            made = iter([result for each in self.decodings for result in each.results()])
+        return [next(made) if no is None else no for no in self.refusals]

@@ -26,7 +26,13 @@ from synthrep_generator.quality_gate import Candidate, Gate, Judges
 from synthrep_generator.settings import ModelConfig
 from synthrep_generator.shard_writer import Member, ShardWriter, encode_image, publish_shard
 from synthrep_generator.shelf import Group, Shelf, Shot
-from synthrep_generator.synthesis import ImageTask, Pixels, Synthesizer, recipe_from_settings
+from synthrep_generator.synthesis import (
+    ImageTask,
+    PendingImages,
+    Pixels,
+    Synthesizer,
+    recipe_from_settings,
+)
 from synthrep_shared.commit_log import GroupRef
 from synthrep_shared.errors import AlreadyDecidedError
 from synthrep_shared.failpoints import failpoint
@@ -145,33 +151,45 @@ class _Run:
         self._shots = [Shot(group, k) for group in request.groups for k in range(group.num_images)]
         asked = request.settings.quality_gate
         self._gate = Gate(asked, bench.judges, capacity=len(self._shots)) if asked else None
+        self._begun: tuple[Sequence[Shot], PendingImages, int] | None = None
         self.filtered: Counter[str] = Counter()
 
     def make_images(self) -> None:
         """First all images in canonical order, then those refused, together, with other seeds."""
         shots = self._shots
         while shots:
-            refused: list[Shot] = []
-            start = 0
+            refused, start = list[Shot](), 0
             while start < len(shots):
                 stop = start + self._bench.synthesizer.batch_images
                 refused += self._pass(shots[start:stop])
                 start = stop
+            refused += self._take()
             shots = [shot.again() for shot in refused if not self.shelf.is_given_up(shot.group)]
 
     def _pass(self, shots: Sequence[Shot]) -> list[Shot]:
-        """Make the images of one pass; returns the shots that were refused."""
-        bench, shelf = self._bench, self.shelf
+        """Give the device a pass, and take the one before; returns the shots that were refused."""
+        bench = self._bench
         bench.watch.begin(list(dict.fromkeys(shot.group.place for shot in shots)))
         tasks = [ImageTask(shot.group.prompt, shot.seed) for shot in shots]
-        results = bench.synthesizer.generate(tasks, self._recipe, bench.watch.step)
-        images: list[tuple[Shot, Pixels]] = []
-        for shot, result in zip(shots, results, strict=True):
+        try:
+            pending = bench.synthesizer.start(tasks, self._recipe, bench.watch.step)
+        finally:  # also where the job is stopped: those images are made
+            refused = self._take()
+        self._begun = (shots, pending, bench.synthesizer.batch_images)
+        return refused + self._take() if pending.is_ready else refused
+
+    def _take(self) -> list[Shot]:
+        """Wait for the images of the pass that was begun; returns the shots that were refused."""
+        if self._begun is None:
+            return []
+        (shots, pending, batch_images), self._begun = self._begun, None
+        shelf, images = self.shelf, list[tuple[Shot, Pixels]]()
+        for shot, result in zip(shots, pending.results(), strict=True):
             if isinstance(result, PermanentPromptError):
                 shelf.give_up(shot, str(result))
             else:
                 images.append((shot, result))
-        sizes = _pass_sizes(len(images), bench.synthesizer.batch_images)
+        sizes = _pass_sizes(len(images), batch_images)
         made = [(*image, size) for image, size in zip(images, sizes, strict=True)]
         kept, refused = self._judge(made)
         for shot, pixels, size in kept:

@@ -81,6 +81,31 @@ def recipe_from_settings(settings: GenerationSettings) -> Recipe:
     return Recipe(scale, steps, scheduler, settings.negative_prompt, settings.long_captions)
 
 
+class PendingImages(Protocol):
+    """The images of a pass, some of which the device may still be at work on."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `results` would not wait."""
+        ...
+
+    def results(self) -> list[Pixels | PermanentPromptError]:
+        """One result per task, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReadyImages:
+    """See PendingImages; they are all there."""
+
+    made: list[Pixels | PermanentPromptError]
+    is_ready = True
+
+    def results(self) -> list[Pixels | PermanentPromptError]:
+        """See PendingImages."""
+        return self.made
+
+
 class Synthesizer(Protocol):
     """A loaded text-to-image model on a device."""
 
@@ -117,6 +142,12 @@ class Synthesizer(Protocol):
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
     ) -> list[Pixels | PermanentPromptError]:
         """One result per task, in order. Calls `on_step` often; what it raises ends the work."""
+        ...
+
+    def start(
+        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
+    ) -> PendingImages:
+        """As `generate`, but back as soon as the device can be given its next pass."""
         ...
 
 
@@ -156,6 +187,12 @@ class FakeSynthesizer:
             refused = refuse_long(self.caption_fit(task.prompt), recipe)
             results.append(refused or self._make(task))
         return results
+
+    def start(
+        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
+    ) -> ReadyImages:
+        """See Synthesizer."""
+        return ReadyImages(self.generate(tasks, recipe, on_step))
 
     def _make(self, task: ImageTask) -> Pixels | PermanentPromptError:
         if "[fake:refuse]" in task.prompt:
