@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from synthrep_cli.stack import free_port
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import ProbeRequest, RunRequest
 from tests.fuzz.abuse import Service, abuse, hold_open
@@ -31,13 +31,6 @@ ABUSED = 0.25  # part of the cases
 KEY = "fuzz-key"
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Any]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture

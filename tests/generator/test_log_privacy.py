@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import httpx
 import pytest
 
+from synthrep_cli.stack import free_port
 from synthrep_shared.client import SynthRep
 
 pytestmark = pytest.mark.redis
@@ -16,15 +16,8 @@ KEY = "planted-key-5b1c"
 KINDS = ("refuse", "blank", "raise", "crash")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_logs_of_all_processes_are_json_lines_without_prompts_and_keys(generator_stack):
-    port = _free_port()
+    port = free_port()
     keys = [{"name": "lab", "key": KEY}]
     stack = generator_stack(port=port, api_keys=keys, max_strikes=1, log_level="INFO")
     for part in ("api", "reconciler", "worker"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import httpx
 import pytest
 import redis
 
+from synthrep_cli.stack import free_port
 from synthrep_generator.chunks import Chunk
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.settings import GeneratorSettings
@@ -179,13 +179,6 @@ def own_redis() -> Iterator[OwnRedis]:
     server.start()
     yield server
     server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start_all(make: Make, redis_port: int) -> tuple[Any, str]:
