@@ -26,6 +26,7 @@ from synthrep_shared.messages import (
     QualityGate,
     RunRequest,
 )
+from synthrep_shared.presets import PresetError, load_preset, read_preset
 
 app = typer.Typer(
     help="Train vision encoders on images that are being generated.",
@@ -200,7 +201,14 @@ def train(
     dataset: Annotated[str, typer.Option(help="Data set to follow; may still be empty.")],
     config: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="JSON file with fields of POST /v1/runs."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON file with fields of POST /v1/runs, or TOML recipe; goes before a preset.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Published recipe, such as cc12m_vitb16_35ep.")
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps, unless the file has max_images.")
@@ -209,7 +217,7 @@ def train(
 ) -> None:
     """Start a training run."""
     with errors_in_one_sentence(), SynthRep() as client:
-        fields = _read_fields(config) | {"dataset": dataset}
+        fields = _run_fields(preset, config) | {"dataset": dataset}
         if max_steps is not None:
             fields["max_steps"] = max_steps
         run = client.train(RunRequest.model_validate(fields))
@@ -219,9 +227,23 @@ def train(
             typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
 
 
+def _run_fields(preset: str | None, config: Path | None) -> dict[str, Any]:
+    """Fields of a run by a preset, or as a file has them instead."""
+    try:
+        published = load_preset(preset).request if preset else {}
+        own = _read_fields(config)
+    except PresetError as error:
+        raise typer.BadParameter(str(error)) from error
+    if "max_images" in own:
+        published.pop("max_steps", None)
+    return published | own
+
+
 def _read_fields(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
+    if config.suffix == ".toml":
+        return read_preset(config).request
     try:
         fields = json.loads(config.read_text())
     except ValueError as error:

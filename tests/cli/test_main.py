@@ -184,6 +184,24 @@ def test_the_fields_of_a_config_are_sent(services, tmp_path):
     assert services.sent == [{"dataset": "birds", "max_images": 512, "lr": 0.01}]
 
 
+def test_a_preset_is_sent_with_what_a_config_changes(services, tmp_path):
+    (tmp_path / "mine.toml").write_text("[request]\nmax_images = 512\nlr = 0.01\n")
+    options = ("--preset", "cc12m_vitb16_35ep", "--config", str(tmp_path / "mine.toml"))
+    assert run("train", "--dataset", "birds", *options).exit_code == 0
+    sent = services.sent[0]
+    assert (sent["max_images"], sent["lr"], sent["captions_per_batch"]) == (512, 0.01, 1376)
+    assert "max_steps" not in sent
+
+
+@pytest.mark.parametrize("options", [("--preset", "nope"), ("--config", "mine.toml")])
+def test_a_preset_that_is_none_is_wrong_usage(services, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("lr = 0.1")
+    result = run("train", "--dataset", "birds", *options)
+    assert result.exit_code == 2
+    assert options[1] in result.stderr
+
+
 def test_a_wrong_field_of_a_config_is_named(services, tmp_path):
     (tmp_path / "run.json").write_text('{"max_steps": 5, "learning_rate": 0.01}')
     result = run("train", "--dataset", "birds", "--config", str(tmp_path / "run.json"))
