@@ -95,11 +95,16 @@ class LogReader:
             if self.torn_bytes > 0:
                 return
 
-    def seek(self, seq: int) -> bool:
-        """Go on after `seq`, where that takes no offset; False, without effect, where it does."""
-        if self._medium.is_seekable:
-            self.seq = seq
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a record is found by its number alone."""
         return self._medium.is_seekable
+
+    def seek(self, seq: int) -> bool:
+        """Go on after `seq`; False, without effect, where that takes an offset."""
+        if self.is_seekable:
+            self.seq = seq
+        return self.is_seekable
 
     def can_be_committed(self, number: int) -> bool:
         """Whether a file named for this number, and by no record yet, may still be committed."""

@@ -18,10 +18,11 @@ from typing import Protocol
 
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.failpoints import failpoint
-from synthrep_shared.object_store import ObjectPath, list_objects
+from synthrep_shared.object_store import MAX_PAGE, ObjectPath, list_objects
 from synthrep_shared.storage import Location, map_files, sync_folder
 
 _SEQ_DIGITS = 12  # keeps the order of names that of numbers
+_LEAST_RECORD_BYTES = 256
 _NUMBERED = re.compile(rf"^([0-9]{{{_SEQ_DIGITS}}})\.json$")
 
 
@@ -136,7 +137,8 @@ class LogObjects:
         """See LogMedium; raises CommitLogError if a number is missing before a later one."""
         found: list[ObjectPath] = []
         num_bytes = 0
-        for entry in list_objects(self._folder, after=_name(seq)):
+        page_size = max(2, min(max_bytes // _LEAST_RECORD_BYTES, MAX_PAGE))
+        for entry in list_objects(self._folder, after=_name(seq), page_size=page_size):
             match = _NUMBERED.match(entry.path.name)
             if match is None:
                 continue

@@ -31,6 +31,7 @@ from synthrep_shared.object_client import (
 )
 from synthrep_shared.object_stream import ObjectStream
 
+MAX_PAGE = 1000
 _SINGLE_PUT_BYTES = 2 * PART_BYTES
 _READ_BYTES = 1 << 20
 _BACKOFF_S = 0.05
@@ -201,9 +202,16 @@ class FoundObject(NamedTuple):
     modified_s: float
 
 
-def list_objects(folder: ObjectPath, *, after: str = "") -> Iterator[FoundObject]:
-    """The objects under a folder with a name above `after`, in the order of their names."""
-    options = {"StartAfter": folder.prefix + after} if after else {}
+def list_objects(
+    folder: ObjectPath, *, after: str = "", page_size: int = MAX_PAGE
+) -> Iterator[FoundObject]:
+    """The objects under a folder with a name above `after`, in the order of their names.
+
+    Each `page_size` of them cost a request.
+    """
+    options: dict[str, Any] = {"PaginationConfig": {"PageSize": page_size}}
+    if after:
+        options["StartAfter"] = folder.prefix + after
     for page in _pages(folder, "list_objects_v2", **options):
         for entry in page.get("Contents", ()):
             path = ObjectPath(folder.bucket, entry["Key"])
@@ -257,7 +265,7 @@ def probe_store(root: ObjectPath) -> None:
         )
 
 
-def _pages(folder: ObjectPath, operation: str, **options: str) -> Iterator[dict[str, Any]]:
+def _pages(folder: ObjectPath, operation: str, **options: Any) -> Iterator[dict[str, Any]]:
     with os_errors(folder):
         paginator = s3_client().get_paginator(operation)
         yield from paginator.paginate(Bucket=folder.bucket, Prefix=folder.prefix, **options)

@@ -135,9 +135,9 @@ def test_shards_are_listed_in_order_after_a_position(pets, index):
     assert index.shard("00000004-000000000000.tar") is None
 
 
-def test_positions_hold_across_many_reads_of_a_long_log(pets, index, monkeypatch):
-    monkeypatch.setattr("synthrep_generator.progress.READ_BYTES", 700)
+def test_positions_hold_across_many_reads_of_a_long_log(pets, monkeypatch):
     monkeypatch.setattr("synthrep_generator.log_index.READ_BYTES", 700)
+    index = DatasetIndex(pets.paths)
     header = pets.accept([f"p{i}" for i in range(60)], images=1)
     for i in range(60):
         pets.commit(header, {i: f"p{i}"})

@@ -19,6 +19,7 @@ from synthrep_shared.errors import CommitLogError
 from synthrep_shared.storage import Location
 
 READ_BYTES = 64 << 10
+_STORE_READ_BYTES = 4 << 20
 _TABLES = """
     CREATE TABLE groups (gid BLOB PRIMARY KEY, seq INTEGER, rejected INTEGER) WITHOUT ROWID;
     CREATE TABLE shards (name TEXT PRIMARY KEY, seq INTEGER) WITHOUT ROWID;
@@ -39,6 +40,8 @@ class LogIndex:
 
     def __init__(self, path: Location) -> None:
         self._path = path
+        self.read_bytes = READ_BYTES if not LogReader(path).is_seekable else _STORE_READ_BYTES
+        """How much of the log to take in at a time."""
         self._table = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         weakref.finalize(self, self._table.close)
         self._table.executescript(_TABLES)

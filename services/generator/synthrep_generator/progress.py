@@ -22,7 +22,7 @@ from synthrep_generator.intake import (
     read_headers,
     set_paused,
 )
-from synthrep_generator.log_index import READ_BYTES, LogIndex
+from synthrep_generator.log_index import LogIndex
 from synthrep_generator.tally import Batch, Tally, Totals
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader
 from synthrep_shared.messages import (
@@ -93,7 +93,7 @@ class DatasetIndex:
         """Take in what the log and the intake folder gained; raises CommitLogError."""
         with self._lock:
             # The log first: a batch in it has its intake file already.
-            while records := self._reader.poll(READ_BYTES):
+            while records := self._reader.poll(self._index.read_bytes):
                 end = {"end_seq": self._reader.seq, "end_offset": self._reader.offset}
                 self._index.add(records, **end)
                 for record in records:
