@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,25 @@ def test_sharded_weights_and_sentencepiece_models_are_needed() -> None:
     assert [n for n in half if n.endswith("safetensors")] == [names[3]]
 
 
+def test_names_that_lead_out_of_the_folder_are_not_followed(hub: FakeHub, tmp_path: Path) -> None:
+    repo = hub.repos["someone/model"]
+    repo["model_index.json"] = json.dumps(INDEX | {"..": ["diffusers", "X"]}).encode()
+    for name in ("../evil.json", "LICENSE/../../evil.txt", "unet/../evil.json", "/evil.json"):
+        repo[name] = b"{}"
+    pull_model("m", ENTRY, tmp_path / "cache")
+    assert files_in(tmp_path / "cache" / "m") == NEEDED | {MANIFEST}
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("index", [b"{", b"[]"])
+def test_a_repository_that_holds_no_pipeline_is_refused(
+    hub: FakeHub, tmp_path: Path, index: bytes
+) -> None:
+    hub.repos["someone/model"]["model_index.json"] = index
+    with pytest.raises(ModelHubError, match="model_index.json"):
+        pull_model("m", ENTRY, tmp_path)
+
+
 def test_another_commit_than_the_pinned_one_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(ModelHubError, match="is pinned"):
         pull_model("m", replace(ENTRY, revision="f" * 40), tmp_path)
@@ -312,3 +332,20 @@ def test_settings_that_do_not_fit_are_known_without_loading(
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(ModelConfigError, match=reason) if reason else contextlib.nullcontext():
         check_recipe(model, scheduler=scheduler, negative_prompt=negative_prompt)
+
+
+def test_a_device_process_goes_to_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from synthrep_generator import device_process
+
+    def end(*_: object) -> None:
+        raise StopIteration
+
+    for name in ("HF_HUB_OFFLINE", "DIFFUSERS_DISABLE_REMOTE_CODE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr("sys.argv", ["device_process", "3", "1"])
+    monkeypatch.setattr(device_process, "die_with_parent", lambda _: None)
+    monkeypatch.setattr(device_process.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(device_process, "GeneratorSettings", end)
+    with pytest.raises(StopIteration):
+        device_process.main()
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] == "1"

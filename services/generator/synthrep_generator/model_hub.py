@@ -38,6 +38,7 @@ from synthrep_shared.storage import sha256_file
 _INDEX = "model_index.json"
 _TEXTS = (".json", ".txt", ".model")
 _PLAIN_WEIGHTS = re.compile(r"^[\w-]+?(-\d{5}-of-\d{5})?\.safetensors$")
+_SAFE_NAME = re.compile(r"^(\w[\w-]*/)?\w[\w.-]*$", re.ASCII)  # in the folder, or one below it
 _UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _PARTIAL = ".part"
@@ -104,9 +105,10 @@ def choose_files(index: Mapping[str, Any], names: list[str], variant: str | None
 
     Raises ModelHubError for a part whose weights are there as a pickle only.
     """
+    names = [name for name in names if _SAFE_NAME.match(name)]
     chosen = [name for name in names if name == _INDEX or name.upper().startswith("LICENSE")]
     for part, value in index.items():
-        if not isinstance(value, list) or value[0] is None or part in _UNUSED_PARTS:
+        if not isinstance(value, list) or not any(value) or part in _UNUSED_PARTS:
             continue
         files = {name: name.removeprefix(f"{part}/") for name in names if _is_in(name, part)}
         weights = [name for name, short in files.items() if short.endswith(".safetensors")]
@@ -190,8 +192,7 @@ def _fetch_all(alias: str, entry: CatalogueEntry, folder: Path, hub: _Hub) -> Ma
     if _INDEX not in files:
         raise ModelHubError(f"{entry.repo} has no {_INDEX}: it is no pipeline of diffusers")
     hub.fetch(_Remote(entry.repo, revision, files[_INDEX], _INDEX), folder)
-    index = json.loads((folder / _INDEX).read_text())
-    names = choose_files(index, list(files), entry.settings.get("variant"))
+    names = choose_files(_read_index(folder), list(files), entry.settings.get("variant"))
     remotes = [_Remote(entry.repo, revision, files[name], name) for name in names]
     for lora in entry.loras:
         lora_revision, found = hub.files(lora.repo, lora.revision)
@@ -211,6 +212,16 @@ def _fetch_all(alias: str, entry: CatalogueEntry, folder: Path, hub: _Hub) -> Ma
     written.write_text(manifest.model_dump_json(indent=1))
     written.replace(folder / MANIFEST)
     return manifest
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / _INDEX).read_text())
+    except ValueError as error:
+        raise ModelHubError(f"{_INDEX} is no JSON") from error
+    if not isinstance(index, dict):
+        raise ModelHubError(f"{_INDEX} describes no pipeline")
+    return index
 
 
 def _check_room(folder: Path, remotes: list[_Remote]) -> None:
