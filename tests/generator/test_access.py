@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from synthrep_generator.api import create_app
-from synthrep_generator.intake import IntakeReader, list_batches
+from synthrep_generator.intake import IntakeReader, list_batches, write_batch
 from synthrep_generator.queues import WorkerView
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.samples import group_id
@@ -244,6 +247,21 @@ def test_outstanding_prompts_of_an_owner_are_bounded(make_api, pets):
     pets.commit(IntakeReader(pets.paths, batch).header, {0: "prompt 0"})
     assert submit(api, "lab").status_code == 202
     assert len(list_batches(pets.paths)) == 3
+
+
+def test_requests_at_once_pass_no_quota(make_api, monkeypatch):
+    api = make_api(quota(max_outstanding_prompts=3))
+    both_are_in = threading.Barrier(2)
+
+    def write_late(*arguments: Any) -> bool:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_are_in.wait(timeout=0.5)
+        return write_batch(*arguments)
+
+    monkeypatch.setattr("synthrep_generator.admission.write_batch", write_late)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: submit(api, "lab", count=2), range(2)))
+    assert sorted(answer.status_code for answer in answers) == [202, 429]
 
 
 def test_prompts_in_a_day_are_bounded_and_the_answer_says_when_to_come_back(make_api, pets):
