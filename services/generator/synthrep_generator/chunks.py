@@ -72,11 +72,16 @@ class Chunk(BaseModel):
 
 def chunk_from_places(dataset: str, places: Iterable[Place]) -> Chunk:
     """The chunk of these places, in this order; consecutive ones become one part."""
-    parts: list[Part] = []
+    runs: list[tuple[Place, int]] = []  # first place, length
+    first, count = None, 0
     for place in places:
-        last = parts[-1] if parts else None
-        if last and last.batch == place.batch and last.start + last.count == place.index:
-            parts[-1] = Part(batch=last.batch, start=last.start, count=last.count + 1)
-        else:
-            parts.append(Part(batch=place.batch, start=place.index, count=1))
-    return Chunk(dataset=dataset, parts=tuple(parts))
+        if first and first.batch == place.batch and first.index + count == place.index:
+            count += 1
+            continue
+        if first:
+            runs.append((first, count))
+        first, count = place, 1
+    if first:
+        runs.append((first, count))
+    parts = tuple(Part(batch=p.batch, start=p.index, count=number) for p, number in runs)
+    return Chunk(dataset=dataset, parts=parts)
