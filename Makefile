@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-bench
 SOURCES := shared services cli models tests deploy k8s $(wildcard benchmarks)
 
-.PHONY: help install format lint types imports manifests test test-long chaos e2e-s3 e2e-hosts e2e-compose check demo up down clean
+.PHONY: help install format lint types imports manifests test test-long bench chaos e2e-s3 e2e-hosts e2e-compose check demo up down clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
@@ -29,7 +30,7 @@ lint: $(STAMP) ## Style and bug patterns
 	$(BIN)/ruff format --check $(SOURCES)
 
 types: $(STAMP) ## mypy, strict
-	$(BIN)/mypy shared/synthrep_shared services/generator/synthrep_generator services/trainer/synthrep_trainer cli/synthrep_cli models/training
+	$(BIN)/mypy shared/synthrep_shared services/generator/synthrep_generator services/trainer/synthrep_trainer cli/synthrep_cli models/training $(wildcard benchmarks)
 
 imports: $(STAMP) ## Who may import whom
 	$(BIN)/lint-imports
@@ -55,6 +56,18 @@ e2e-hosts: $(STAMP) ## Training over two hosts that fail; hosts are network name
 e2e-compose: $(STAMP) ## The compose file on a Docker engine, which is started if there is none
 	$(BIN)/python -m tests.compose
 
+$(PEERS)/.installed: benchmarks/requirements.txt $(STAMP)
+	$(BIN)/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/synthrep.pth
+	@grep -v '^#' benchmarks/requirements.txt | while read -r peer; do \
+		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$peer" \
+			|| echo "peer $$peer does not install here"; done
+	touch $@
+
+bench: $(PEERS)/.installed ## Ours against named peers, at most 45 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
 check: lint types imports manifests test ## Everything that must hold before a change lands
 
 demo: $(STAMP) ## The whole loop on this machine, in about ten minutes
@@ -67,4 +80,4 @@ down: ## Stop what `make up` started
 	@flock -n runs/up true 2>/dev/null && echo "nothing runs in runs/up" || kill -INT $$(cat runs/up/stack.pid)
 
 clean: ## Remove the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PEERS) runs
