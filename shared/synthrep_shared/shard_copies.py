@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from synthrep_shared.errors import StorageError
+from synthrep_shared.object_store import ObjectPath
 from synthrep_shared.storage import (
     DatasetPaths,
-    Location,
     StoredFile,
     list_files,
     spool_folder,
@@ -24,7 +24,7 @@ from synthrep_shared.storage import (
 
 COPY_BYTES = 16 << 30
 """Room for the copies of a root, unless a setting says otherwise."""
-_READ_BYTES = 1 << 20
+_READ_BYTES = 16 << 20  # of one request
 _IN_USE_S = 60.0  # a copy handed out so recently may not be open yet
 _ABANDONED_S = 3600.0
 
@@ -42,7 +42,7 @@ class ShardCopies:
         Raises FileNotFoundError if a store has no such shard, StorageError if it is not what the
         record says, and other OSErrors. A file of a local root is not looked at.
         """
-        shard: Location = self._paths.shards / name
+        shard = self._paths.shards / name
         if isinstance(shard, Path):
             return shard
         folder = spool_folder(self._paths.root) / "copies"
@@ -76,11 +76,12 @@ class ShardCopies:
                 excess -= sizes[file]
 
 
-def _copy(shard: Location, written: Path) -> tuple[int, str]:
+def _copy(shard: ObjectPath, written: Path) -> tuple[int, str]:
     """Copy a shard to a new local file; returns its size in bytes and its sha256."""
-    digest, num_bytes = hashlib.sha256(), 0
-    with shard.open("rb") as source, written.open("xb") as target:
-        while piece := source.read(_READ_BYTES):
+    digest, num_bytes, piece = hashlib.sha256(), 0, bytes(_READ_BYTES)
+    with written.open("xb") as target:
+        while len(piece) == _READ_BYTES:
+            piece = shard.read_range(num_bytes, _READ_BYTES)
             target.write(piece)
             digest.update(piece)
             num_bytes += len(piece)

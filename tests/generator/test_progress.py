@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 
 from synthrep_generator.catalog import Catalog
 from synthrep_generator.failure_reader import failure_views
-from synthrep_generator.progress import DatasetIndex, batch_state
+from synthrep_generator.progress import DatasetIndex
+from synthrep_generator.tally import batch_state
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.messages import PromptCounts
 
@@ -133,6 +137,46 @@ def test_shards_are_listed_in_order_after_a_position(pets, index):
     assert (shard.groups, shard.images) == (1, 2)
     assert index.shard(shard.name) == (shard, pets.paths.shards / shard.name)
     assert index.shard("00000004-000000000000.tar") is None
+
+
+class CountingLock:
+    """A lock that knows how many asked for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.asked = 0
+
+    def __enter__(self) -> None:
+        self.asked += 1
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_callers_that_wait_for_one_another_share_a_pass(pets, index, monkeypatch):
+    lock, passes, release = CountingLock(), [], threading.Event()
+
+    def slow_list(paths):
+        passes.append(paths)
+        assert release.wait(10)
+        return frozenset()
+
+    monkeypatch.setattr("synthrep_generator.progress.list_paused", slow_list)
+    monkeypatch.setattr(index, "_lock", lock)
+    with ThreadPoolExecutor(9) as pool:
+        calls = [pool.submit(index.refresh)]
+        while not passes:
+            time.sleep(0.001)
+        pets.accept(["late"])
+        calls += [pool.submit(index.refresh) for _ in range(8)]
+        while lock.asked < len(calls):
+            time.sleep(0.001)
+        release.set()
+        for call in calls:
+            call.result(10)
+    assert len(passes) == 2
+    assert len(index.batches()) == 1
 
 
 def test_positions_hold_across_many_reads_of_a_long_log(pets, monkeypatch):

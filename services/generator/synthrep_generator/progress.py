@@ -23,31 +23,18 @@ from synthrep_generator.intake import (
     set_paused,
 )
 from synthrep_generator.log_index import LogIndex
-from synthrep_generator.tally import Batch, Tally, Totals
+from synthrep_generator.tally import Batch, Tally, Totals, batch_state
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader
 from synthrep_shared.messages import (
     BatchView,
     DatasetView,
-    PromptCounts,
     ShardView,
-    State,
 )
 from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies
 from synthrep_shared.storage import DatasetPaths, folder_changed_ns
 
 _MTIME_STEP_NS = 2_000_000_000  # the coarsest time stamps of a file system
 _SCAN_SHARE = 20  # a scan of the intake folder may take one part in so many of the time
-
-
-def batch_state(counts: PromptCounts, *, paused: bool) -> State:
-    """The state that the counts of a batch amount to."""
-    if counts.queued + counts.running == 0:
-        if counts.cancelled:
-            return "cancelled"
-        return "completed" if counts.committed else "failed"
-    if paused:
-        return "paused"
-    return "running" if counts.running or counts.committed or counts.failed else "queued"
 
 
 class DatasetIndex:
@@ -64,7 +51,7 @@ class DatasetIndex:
         self._unreadable: set[str] = set()
         self._paused: frozenset[str] = frozenset()
         self._intake_mtime_ns = -1
-        self._next_scan = 0.0
+        self._next_scan = self._refreshed_at = 0.0
         self._writing = threading.Lock()
         self._writer: CommitLog | None = None
 
@@ -90,8 +77,15 @@ class DatasetIndex:
         return self._tally.tick
 
     def refresh(self) -> None:
-        """Take in what the log and the intake folder gained; raises CommitLogError."""
+        """Take in what the log and the intake folder gained; raises CommitLogError.
+
+        Callers that wait for one another share the next pass.
+        """
+        called_at = time.monotonic()
         with self._lock:
+            if self._refreshed_at >= called_at:
+                return
+            started_at = time.monotonic()
             # The log first: a batch in it has its intake file already.
             while records := self._reader.poll(self._index.read_bytes):
                 end = {"end_seq": self._reader.seq, "end_offset": self._reader.offset}
@@ -100,6 +94,7 @@ class DatasetIndex:
                     self._tally.apply(record)
             self._paused = list_paused(self.paths)
             self._scan_intake()
+            self._refreshed_at = started_at
 
     def _scan_intake(self) -> None:
         started = time.monotonic()
@@ -119,8 +114,8 @@ class DatasetIndex:
         self._next_scan = now + _SCAN_SHARE * (now - started)
 
     def _read_headers(self, batches: Sequence[str]) -> None:
-        known = (self._tally.batches, self._unreadable)
-        new = [batch for batch in batches if not any(batch in some for some in known)]
+        known, bad = self._tally.batches, self._unreadable
+        new = [batch for batch in batches if batch not in known and batch not in bad]
         for batch, header in read_headers(self.paths, new):
             if header is None:
                 self._unreadable.add(batch)

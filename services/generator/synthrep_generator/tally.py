@@ -14,9 +14,20 @@ from datetime import datetime
 
 from synthrep_generator.intake import BatchHeader
 from synthrep_shared.commit_log import CommitRecord, Outcomes
-from synthrep_shared.messages import PromptCounts
+from synthrep_shared.messages import PromptCounts, State
 
 _RATE_WINDOW_S = 60.0
+
+
+def batch_state(counts: PromptCounts, *, paused: bool) -> State:
+    """The state that the counts of a batch amount to."""
+    if counts.queued + counts.running == 0:
+        if counts.cancelled:
+            return "cancelled"
+        return "completed" if counts.committed else "failed"
+    if paused:
+        return "paused"
+    return "running" if counts.running or counts.committed or counts.failed else "queued"
 
 
 @dataclass(slots=True)
