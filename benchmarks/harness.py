@@ -99,12 +99,14 @@ class Case:
 
     def verdict(self, row: Row) -> str:
         """Whether the row reaches the goal, in words."""
-        if self.min_ratio is not None and row.ratio is not None:
-            reached = "reached" if row.ratio >= self.min_ratio else "MISSED"
-            return f"goal: ratio of at least {self.min_ratio:g}, {reached}"
-        if self.max_value is not None and row.ours is not None:
-            reached = "reached" if row.ours <= self.max_value else "MISSED"
-            return f"goal: at most {self.max_value:g} {self.unit}, {reached}"
+        if self.min_ratio is not None:
+            return f"goal: ratio of at least {self.min_ratio:g}, " + _said(
+                None if row.ratio is None else row.ratio >= self.min_ratio
+            )
+        if self.max_value is not None:
+            return f"goal: at most {self.max_value:g} {self.unit}, " + _said(
+                None if row.ours is None else row.ours <= self.max_value
+            )
         return "no goal"
 
     def _row(self, ours: float | None, peer: float | None, rounds: int, reason: str) -> Row:
@@ -232,3 +234,7 @@ def write_json(path: Path, value: object) -> None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
+
+
+def _said(is_reached: bool | None) -> str:
+    return "not measured" if is_reached is None else "reached" if is_reached else "MISSED"

@@ -144,6 +144,7 @@ class Services:
         self._children = dict(sorted(self._children.items(), key=lambda item: item[0] == "redis"))
         for name, child in self._children.items():
             if name == "redis":
+                self.redis.close()
                 child.send_signal(signal.SIGTERM)
             try:
                 child.wait(_STOP_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import httpx
 
@@ -19,14 +19,21 @@ def captions(count: int) -> Iterator[str]:
         yield f"a photo of a {first} {noun} beside a {second} {other}, number {number}"
 
 
-def upload(url: str, prompts: int, *, dataset: str, images_per_prompt: int) -> str:
-    """Hand in so many captions in one request; returns the batch's id."""
-    lines = (f"{caption}\n".encode() for caption in captions(prompts))
+def body(count: int) -> Iterator[bytes]:
+    """So many captions as a text file, in blocks."""
+    lines = (f"{caption}\n".encode() for caption in captions(count))
+    return iter(lambda: b"".join(itertools.islice(lines, _LINES_AT_ONCE)), b"")
+
+
+def upload(
+    url: str, blocks: Iterable[bytes], *, prompts: int, dataset: str, images_per_prompt: int
+) -> str:
+    """Hand in a file of so many captions in one request; returns the batch's id."""
     answer = httpx.post(
         f"{url}/v1/batches/upload",
         params={"dataset": dataset, "images_per_prompt": images_per_prompt},
         headers={"content-type": "text/plain"},
-        content=iter(lambda: b"".join(itertools.islice(lines, _LINES_AT_ONCE)), b""),
+        content=iter(blocks),
         timeout=300,
     )
     answer.raise_for_status()

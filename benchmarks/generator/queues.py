@@ -11,7 +11,7 @@ from benchmarks.datasets import accept_prompts, plain_settings, wait_for_groups
 from benchmarks.generator import rq_peer
 from benchmarks.harness import Dose, Measured, case, in_process, interleave
 from benchmarks.services import Services
-from benchmarks.uploads import captions, upload
+from benchmarks.uploads import body, captions, upload
 from synthrep_generator.queues import WorkQueue
 from synthrep_shared.storage import DatasetPaths
 
@@ -69,7 +69,7 @@ def _enqueue(dose: Dose, *, images_per_prompt: int) -> Measured:
             lambda: in_process(
                 rq_peer.jobs_enqueued_per_s, port=services.redis_port, jobs=jobs, at_once=_AT_ONCE
             ),
-            rounds=dose.rounds(3),
+            rounds=dose.rounds(5),
         )
 
 
@@ -86,8 +86,12 @@ def _ms_per_prompt(services: Services, prompts: int) -> float:
 def _prompts_per_s(services: Services, prompts: int, images_per_prompt: int) -> float:
     queue = WorkQueue(services.settings)
     chunks = -(-prompts * images_per_prompt // services.settings.job_images)
+    blocks = list(body(prompts))
     started = time.perf_counter()
-    batch = upload(services.url, prompts, dataset="enqueue", images_per_prompt=images_per_prompt)
+    batch = upload(
+        services.url, blocks, prompts=prompts, dataset="enqueue",
+        images_per_prompt=images_per_prompt,
+    )  # fmt: skip
     while queue.rq.count < chunks:
         services.check()
         if time.perf_counter() - started > _LIMIT_S:

@@ -8,6 +8,7 @@ share the machine's cores with whatever else runs; how much that was is measured
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import resource
@@ -21,7 +22,7 @@ from statistics import quantiles
 import httpx
 
 from benchmarks.services import Services
-from benchmarks.uploads import upload
+from benchmarks.uploads import body, upload
 from synthrep_shared.commit_log import LogReader
 from synthrep_shared.storage import DatasetPaths
 
@@ -66,7 +67,9 @@ def measure_upload(prompts: int, *, workers: int, folder: Path) -> UploadFigures
         started = time.monotonic()
         monitor = _Monitor(services)
         threading.Thread(target=monitor.watch_memory, daemon=True).start()
-        batch = upload(services.url, prompts, dataset=DATASET, images_per_prompt=1)
+        batch = upload(
+            services.url, body(prompts), prompts=prompts, dataset=DATASET, images_per_prompt=1
+        )
         accepted_s = time.monotonic() - started
         watcher = threading.Thread(target=monitor.watch_status, args=(batch,), daemon=True)
         watcher.start()
@@ -129,15 +132,16 @@ class _Monitor:
 
     def watch_status(self, batch: str) -> None:
         """Until the batch is complete, ask for its state and note how long each answer takes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.services.api_port)
-        while not self.stopped.is_set():
-            started = time.perf_counter()
-            connection.request("GET", f"/v1/batches/{batch}")
-            body = connection.getresponse().read()
-            self.status_ms.append((time.perf_counter() - started) * 1e3)
-            if json.loads(body)["state"] == "completed":
-                return
-            time.sleep(_POLL_S)
+        port = self.services.api_port
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            while not self.stopped.is_set():
+                started = time.perf_counter()
+                connection.request("GET", f"/v1/batches/{batch}")
+                answer = connection.getresponse().read()
+                self.status_ms.append((time.perf_counter() - started) * 1e3)
+                if json.loads(answer)["state"] == "completed":
+                    return
+                time.sleep(_POLL_S)
 
 
 def resident_bytes(pid: int) -> int:
