@@ -16,6 +16,7 @@ from PIL import Image
 
 from synthrep_generator.chunks import Place, chunk_from_places
 from synthrep_generator.dataset_files import OpenDatasets
+from synthrep_generator.errors import PermanentPromptError
 from synthrep_generator.jobs import Bench, JobResult, JobStoppedError, generate_shard, make_request
 from synthrep_generator.quality_gate import (
     Album,
@@ -275,6 +276,30 @@ def test_a_prompt_whose_images_stay_poor_fails_and_its_neighbours_do_not(
     assert all(metadata["attempt"] == 0 for metadata, _ in samples(stack).values())
     assert run(stack, poor) == JobResult()
     assert verify_dataset(stack.paths, now_s=time.time(), min_age_s=600).is_clean
+
+
+def test_no_image_is_made_again_for_a_prompt_that_failed_already(
+    generator_stack: Callable[..., Any], bench: Bench
+) -> None:
+    class Refusing(FakeSynthesizer):
+        """Makes no image of the last seed of a dim prompt, and only dim ones of the others."""
+
+        def generate(self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Any) -> list[Any]:
+            dim = [replace(t, seed=2 * t.seed) if "dim" in t.prompt else t for t in tasks]
+            images = super().generate(dim, recipe, on_step)
+            for place, task in enumerate(tasks):
+                if task.seed == last_seed:
+                    images[place] = PermanentPromptError("no such image")
+            return images
+
+    stack = generator_stack()
+    header = stack.accept(PROMPTS, images=IMAGES, quality_gate=QualityGate(duplicates=False))
+    last_seed = image_seed(header.gid(1, PROMPTS[1]), IMAGES - 1, request_seed=None, index=1)
+    watch = Watch()
+    made = Refusing(store_px=16, batch_images=4)
+    result = run(stack, replace(bench, synthesizer=made, watch=watch))
+    assert (result.committed, result.failed) == (4, 1)
+    assert len(watch.begun) == 4
 
 
 def test_a_job_that_was_stopped_ends_with_the_same_images(

@@ -15,6 +15,7 @@ import pytest
 from synthrep_generator.verify import DatasetReport, verify_dataset
 from synthrep_shared.commit_log import read_log
 from synthrep_shared.errors import StorageError
+from synthrep_shared.samples import image_seed
 from synthrep_shared.storage import DatasetPaths
 
 NOW_S = 2_000_000_000.0
@@ -108,6 +109,22 @@ def use_a_later_seed(pets: Any) -> None:
     rewrite_shard(pets, b'"attempt": 0', b'"attempt": 1')
 
 
+def go_on_without_a_gate(pets: Any) -> None:
+    """A second attempt with its own seed, in a batch that allows one."""
+    data = shard(pets).read_bytes()
+    gid = next(read_log(pets.paths.log)).groups[0].gid
+    for k in range(2):
+        first, second = (
+            f'"seed": {image_seed(gid, k, request_seed=None, index=0, attempt=attempt)},'.encode()
+            for attempt in (0, 1)
+        )
+        if len(first) == len(second):
+            break
+    before, _, after = data.partition(first)
+    after = after.replace(b'"attempt": 0', b'"attempt": 1', 1)
+    rewrite_shard(pets, data, before + second + after)
+
+
 def swap_members(pets: Any) -> None:
     data = shard(pets).read_bytes()
     name = next(read_log(pets.paths.log)).groups[0].gid.encode()
@@ -152,6 +169,7 @@ def tear_a_shard(pets: Any) -> None:
         (swap_captions, "wrong"),
         (change_the_guidance, "wrong"),
         (use_a_later_seed, "wrong"),
+        (go_on_without_a_gate, "wrong"),
         (swap_members, "wrong"),
         (drop_a_sample, "wrong"),
         (claim_other_images, "log"),
