@@ -26,7 +26,7 @@ _WARM_UP_ROWS = 512
 
 def step_s(name: Name, rows: int, ranks: int = 1, steps: int = 1) -> float:
     """Median processor seconds of a step on one thread, the system's share included."""
-    loss = _prepared(name, ranks)
+    loss = prepared(name, ranks)
     embeddings, caption_ids = _draw(rows)
 
     def one() -> float:
@@ -39,14 +39,14 @@ def step_s(name: Name, rows: int, ranks: int = 1, steps: int = 1) -> float:
 
 def step_megabytes(name: Name, rows: int, ranks: int = 1) -> float:
     """Peak memory of the first step above its inputs, of the whole process."""
-    loss = _prepared(name, ranks)
+    loss = prepared(name, ranks)
     embeddings, caption_ids = _draw(rows)
     before = _kilobytes("VmRSS:")
     _step(loss, embeddings, caption_ids)
     return max(0, _kilobytes("VmHWM:") - before) / 1000
 
 
-def _prepared(name: Name, ranks: int) -> Loss:
+def prepared(name: Name, ranks: int) -> Loss:
     """The loss, after a small step that loads whatever it needs."""
     torch.set_num_threads(1)
     loss = _LOSSES[name](ranks)
