@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from benchmarks.services import Services
 from synthrep_generator.intake import BatchHeader, write_batch
@@ -58,3 +59,13 @@ def wait_for_groups(services: Services, paths: DatasetPaths, num_groups: int) ->
             raise RuntimeError(f"{len(records)} records after {_LIMIT_S:.0f} s")
         time.sleep(0.2)
     return records
+
+
+def runs_done(services: Services, dataset: str, count: int) -> list[dict[str, Any]]:
+    """What the only worker logged of the runs of a data set, as soon as these are so many."""
+    while True:
+        lines = services.log("worker-0")
+        runs = [x for x in lines if x["event"] == "chunk done" and x["dataset"] == dataset]
+        if len(runs) >= count:
+            return runs
+        time.sleep(0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache, partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.datasets import accept_prompts, plain_settings, wait_for_groups
+from benchmarks.datasets import accept_prompts, plain_settings, runs_done, wait_for_groups
 from benchmarks.harness import Dose, Measured, case, cpu_s, interleave
 from benchmarks.services import Services
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
@@ -123,7 +122,6 @@ def _pipeline() -> Any:
 
 
 def _overhead_of_a_run(num_prompts: int) -> float:
-    num_images = num_prompts * _IMAGES_PER_PROMPT
     with (
         tempfile.TemporaryDirectory() as folder,
         Services(Path(folder), workers=1, api=False, device="cpu", threads=1) as services,
@@ -132,15 +130,8 @@ def _overhead_of_a_run(num_prompts: int) -> float:
         settings = plain_settings(_tiny(), images_per_prompt=_IMAGES_PER_PROMPT)
         accept_prompts(paths, prompts_of_tiny(num_prompts), settings)
         records = wait_for_groups(services, paths, num_prompts)
-        runs = _runs(services)
-        while sum(line["images"] for line in runs) < num_images:
-            time.sleep(0.1)
-            runs = _runs(services)
+        runs = runs_done(services, paths.dataset, len(records))
     ended_at = records[-1].created_at.timestamp()
     started_at = datetime.fromisoformat(runs[0]["time"]).timestamp() - runs[0]["seconds"]
     device_s = sum(line["device_s"] for line in runs)
     return float(1 - device_s / (ended_at - started_at))
-
-
-def _runs(services: Services) -> list[dict[str, Any]]:
-    return [line for line in services.log("worker-0") if line["event"] == "chunk done"]
