@@ -202,7 +202,7 @@ def test_the_count_of_skipped_steps_survives_a_checkpoint(batch):
 def test_weight_decay_follows_its_rate_on_matrices_alone(batch):
     learner = Learner(CONFIG, torch.device("cpu"))
     learner.step(batch, step=1, rates=Rates(lr=0.01, weight_decay=0.3))
-    assert [group["weight_decay"] for group in learner._optimizer.param_groups] == [0.3, 0.0]
+    assert [group["weight_decay"] for group in learner._optimizer.param_groups] == [0.3, 0.0] * 2
 
 
 @pytest.mark.long

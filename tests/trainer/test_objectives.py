@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from synthrep_trainer import distributed
@@ -30,12 +31,15 @@ from synthrep_trainer.objectives import (
     Targets,
     TextConfig,
 )
+from synthrep_trainer.parallel import local
 from synthrep_trainer.schedules import Rates
 from synthrep_trainer.text_tokens import encode_captions
 
 OBJECTIVES = ("stablerep", "stablerep+", "simclr", "clip", "synclr")
+PIECEWISE = ("stablerep", "clip", "synclr")  # what two ranks do in pieces too
+SHARDED = ("stablerep+", "synclr")  # whose towers in parts are tested
 RANKS = 2
-EXIT_LIMIT_S = 100
+EXIT_LIMIT_S = 240
 CAPTIONS = 6
 IMAGES_PER_CAPTION = 2
 CAPTION_NUMBERS = [0, 1, 2, 3, 1, 5]  # one caption comes twice
@@ -289,6 +293,20 @@ def test_a_loaded_learner_goes_on_bit_equal(name):
             assert torch.equal(value, other.parts()[part][tensor]), (part, tensor)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_half_precision_learns_nearly_the_same(name):
+    batch = make_batch(name)
+    loss, expected = gradients(Learner(config(name), CPU), batch)
+    limit = 4 if name in ("clip", "synclr") else None
+    half = config(name, precision="bf16", micro_batch_images=limit)
+    rough, found = gradients(Learner(half, CPU), batch)
+    assert rough == pytest.approx(loss, rel=0.05)
+    assert rough != loss
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    one, two = (torch.cat([g.flatten() for g in grads.values()]) for grads in (found, expected))
+    assert F.cosine_similarity(one, two, dim=0) > 0.95
+
+
 def test_the_logit_scale_stays_below_100():
     learner = Learner(config("clip"), CPU)
     with torch.no_grad():
@@ -342,25 +360,52 @@ def everything():
     """Loss and gradients of every objective, whole and in pieces."""
     found = {}
     for name in OBJECTIVES:
-        for limit in (None, 2):
+        for limit in (None, 2) if name in PIECEWISE else (None,):
             learner = Learner(config(name, micro_batch_images=limit), CPU)
             loss, grads = gradients(learner, make_batch(name))
             norms = {parameter: g.norm().item() for parameter, g in grads.items()}
             sample = {n: g.flatten()[:20].tolist() for n, g in grads.items()}
             losses = [loss]
-            losses += [
-                learner.step(make_batch(name), step=step, rates=RATES).loss for step in (2, 3)
-            ]
+            losses.append(learner.step(make_batch(name), step=2, rates=RATES).loss)
             held_out = make_held_out()
             found["neighbours"] = learner.neighbour_accuracy(held_out)
             found[f"{name} {limit}"] = {"losses": losses, "norms": norms, "sample": sample}
     return found
 
 
+def sharded():
+    """Losses of learners whose towers are in parts, before and after a checkpoint."""
+    found = {}
+    for name in SHARDED:
+        settings = config(name, has_moving_average=True, max_grad_norm=0.5)
+        settings = replace(settings, micro_batch_images=2 if name == "synclr" else None)
+        learner = Learner(settings, CPU, layout="shard")
+        batch = make_batch(name)
+        before = [learner.step(batch, step=step, rates=RATES)[:3] for step in (1, 2)]
+        saved = {
+            p: {n: t.clone() for n, t in parts.items()} for p, parts in learner.parts().items()
+        }
+        assert not any(isinstance(t, DTensor) for parts in saved.values() for t in parts.values())
+        others = [Learner(settings, CPU, layout=layout) for layout in ("shard", "replicate")]
+        for other in others:
+            other.load(saved)
+        after = [one.step(batch, step=3, rates=RATES)[:3] for one in (learner, *others)]
+        found[name] = {
+            "before": before,
+            "after": after,
+            "neighbours": learner.neighbour_accuracy(make_held_out()),
+            "sizes": {p: sum(t.numel() for t in parts.values()) for p, parts in saved.items()},
+            "local": sum(local(p).numel() for p in learner._towers.parameters()),
+        }
+    return found
+
+
 def main(folder):
     torch.set_num_threads(1)
-    with distributed.process_group(timeout_s=60):
-        Path(folder, f"{distributed.rank()}.json").write_text(json.dumps(everything()))
+    with distributed.process_group(timeout_s=200):
+        Path(folder, f"{distributed.rank()}.json").write_text(
+            json.dumps(everything() | {"sharded": sharded()})
+        )
 
 
 @pytest.fixture(scope="module")
@@ -391,11 +436,12 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     torch.set_num_threads(1)
-    return everything()
+    return everything() | {"sharded": sharded()}
 
 
-@pytest.mark.parametrize("limit", [None, 2])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("name", "limit"), [(n, None) for n in OBJECTIVES] + [(n, 2) for n in PIECEWISE]
+)
 def test_two_ranks_learn_what_one_does(ranks, alone, name, limit):
     expected = alone[f"{name} {limit}"]
     total = sum(norm**2 for norm in expected["norms"].values()) ** 0.5
@@ -415,6 +461,21 @@ def test_two_ranks_learn_what_one_does(ranks, alone, name, limit):
 def test_ranks_share_the_held_out_images(ranks, alone):
     assert [rank["neighbours"] for rank in ranks] == [alone["neighbours"]] * RANKS
     assert alone["neighbours"] > 0.5
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_towers_in_parts_learn_what_whole_ones_do(ranks, alone, name):
+    """Loss, rate and norm of each step, the norm before it is clipped."""
+    expected = alone["sharded"][name]
+    for rank in ranks:
+        found = rank["sharded"][name]
+        assert found["before"][0] == pytest.approx(expected["before"][0], rel=1e-4)
+        assert found["before"][1] == pytest.approx(expected["before"][1], rel=0.02)
+        assert found["after"][0] == found["after"][1]
+        assert found["after"][2] == pytest.approx(found["after"][0], rel=1e-4)
+        assert found["neighbours"] == expected["neighbours"]
+        assert found["sizes"] == expected["sizes"]
+        assert found["local"] < 0.52 * expected["local"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ranks, collectives and their gradients: the only importer of `torch.distributed`.
+"""Ranks, collectives and their gradients: with `parallel` the only importer of torch.distributed.
 
 Every function is a no-op (or the identity) until a process group exists, so the code above it reads
 the same on one process and on many. `torchrun` says who is who through the environment; nothing

@@ -107,9 +107,14 @@ class Encoder(nn.Module):
         features: Tensor = tokens[:, 0]
         return features
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer's blocks, most of the parameters."""
+        return list(self.backbone.blocks)
+
     def compile_blocks(self) -> None:
         """Compile the transformer's blocks in place, once for all of them, at their first use."""
-        for block in self.backbone.blocks:
+        for block in self.layers:
             block.compile()
 
     def tokens(

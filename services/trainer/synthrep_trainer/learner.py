@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from synthrep_trainer import distributed
-from synthrep_trainer.augment import normalise
 from synthrep_trainer.batches import Batch
 from synthrep_trainer.checkpoint import Parts
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder, parameter_groups
@@ -36,7 +35,14 @@ from synthrep_trainer.objectives import (
     TeacherTower,
     make_objective,
 )
-from synthrep_trainer.parallel import replicate
+from synthrep_trainer.parallel import (
+    Layout,
+    make_mesh,
+    replicate,
+    scale_down,
+    shard,
+    total_norm,
+)
 from synthrep_trainer.randomness import seed_of, seeded
 from synthrep_trainer.representation import Health, health, neighbour_accuracy, spread
 from synthrep_trainer.schedules import Rates
@@ -90,9 +96,17 @@ class Learner:
     """Learns from batches on one device; on several ranks, all of them make and call it alike."""
 
     def __init__(
-        self, config: LearnerConfig, device: torch.device, *, is_compiled: bool = False
+        self,
+        config: LearnerConfig,
+        device: torch.device,
+        *,
+        is_compiled: bool = False,
+        layout: Layout = "replicate",
     ) -> None:
-        """Raises ValueError if there is no such encoder, or the objective lacks its average."""
+        """Raises ValueError if there is no such encoder, or the objective lacks its average.
+
+        `layout` says whether each rank holds the whole encoder and text tower, or a part.
+        """
         self.config, self._device = config, device
         encoder = make_encoder(config.encoder, seed=config.seed)
         self._objective = make_objective(
@@ -101,21 +115,19 @@ class Learner:
         self._towers = self._objective.make_towers(
             encoder, seed=config.seed + _TOWER_SEED_OFFSET
         ).to(device)
-        has_teacher = self._objective.teacher_heads is not None
-        if has_teacher and not config.has_moving_average:
+        if self._objective.teacher_heads is not None and not config.has_moving_average:
             raise ValueError(f"{config.objective.name} needs a moving average: it is the teacher")
         self._average = MovingAverage(self._averaged()) if config.has_moving_average else None
-        self._teacher = TeacherTower(self.best_encoder) if has_teacher else None
+        self._teacher = TeacherTower(self.best_encoder) if self._average else None
         if is_compiled:
             for used in (encoder, self.best_encoder):
                 used.compile_blocks()
-        self._model = nn.ModuleDict({"towers": self._towers, "objective": self._objective})
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._model, weight_decay=1.0), lr=0.0, betas=config.betas
-        )
-        self._decays = [group["weight_decay"] for group in self._optimizer.param_groups]
-        self._parallel_towers = replicate(self._towers)
+        self._parallel_towers = self._placed_towers(layout)
         self._parallel_objective = replicate(self._objective)
+        self._model = nn.ModuleDict({"towers": self._towers, "objective": self._objective})
+        groups = [parameter_groups(m, weight_decay=1.0) for m in (self._towers, self._objective)]
+        self._optimizer = torch.optim.AdamW([*groups[0], *groups[1]], lr=0.0, betas=config.betas)
+        self._decays = [group["weight_decay"] for group in self._optimizer.param_groups]
         self._skipped_in_a_row = 0
 
     @property
@@ -132,9 +144,8 @@ class Learner:
         buffers = [buffer.clone() for buffer in self._model.buffers()]  # in case of a skip
         self._optimizer.zero_grad(set_to_none=True)
         features, outcome = self._backward(batch, step)
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm(gradients)
-        numbers = [outcome.loss.detach(), total_norm, *outcome.terms.values()]
+        norm_of_all = total_norm(p.grad for p in self._model.parameters() if p.grad is not None)
+        numbers = [outcome.loss.detach(), norm_of_all, *outcome.terms.values()]
         # The one place of a step where a GPU is waited for.
         value, norm, *terms = torch.stack([number.float() for number in numbers]).tolist()
         named = dict(zip(outcome.terms, terms, strict=True))
@@ -144,9 +155,7 @@ class Learner:
         self._skipped_in_a_row = 0
         judgement = self._judge(features, outcome, batch, step)
         if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self._model.parameters(), self.config.max_grad_norm, total_norm
-            )
+            scale_down(self._model.parameters(), self.config.max_grad_norm, norm_of_all)
         self._update(rates)
         return StepResult(value, rates.lr, norm, judgement, named, False)
 
@@ -160,10 +169,10 @@ class Learner:
         missing = max(counts) - len(held_out.images)
         images = F.pad(held_out.images, (0, 0) * 3 + (0, missing))
         ids = F.pad(held_out.caption_ids, (0, missing))
-        encoder = self.best_encoder.eval()
+        tower = (self._teacher or self._towers).eval()
         with self._autocast():
             passes = [
-                encoder(normalise(rows.to(self._device))) for rows in images.split(_ROWS_PER_PASS)
+                tower(Inputs(rows.to(self._device))).images for rows in images.split(_ROWS_PER_PASS)
             ]
         self._towers.train()
         is_there = torch.cat([torch.arange(max(counts)) < count for count in counts])
@@ -203,8 +212,9 @@ class Learner:
 
     def _targets(self, pieces: Sequence[Inputs], step: int) -> Targets | None:
         """What the teacher says of the batch, None for an objective without one."""
-        if self._average is None or self._teacher is None:
+        if self._average is None or self._objective.teacher_heads is None:
             return None
+        assert self._teacher is not None
         features = features_in_pieces(self._teacher, pieces, partial(self._pass, step, _TEACHER))
         with self._autocast():
             return self._objective.targets(self._average.module["heads"], features, step=step)
@@ -258,6 +268,18 @@ class Learner:
         if self._average is not None:
             assert rates.ema_decay is not None
             self._average.update(self._averaged(), rates.ema_decay)
+
+    def _placed_towers(self, layout: Layout) -> nn.Module:
+        """The towers, and the teacher beside them, on this rank: whole or in part."""
+        if layout == "replicate" or distributed.world_size() == 1:
+            return replicate(self._towers)
+        mesh = make_mesh(self._device)
+        text = self._towers.text
+        texts = [] if text is None else list(text.layers)
+        shard(self._towers, [*self._towers.encoder.layers, *texts], mesh)
+        if self._teacher is not None:
+            shard(self._teacher, self._teacher.encoder.layers, mesh)
+        return self._towers
 
     def _averaged(self) -> nn.ModuleDict:
         """What the moving average follows."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from synthrep_trainer.checkpoint import Parts
 from synthrep_trainer.moving_average import MovingAverage
+from synthrep_trainer.parallel import load_whole, sharded_like, whole
 
 _ENCODER, _AVERAGED_ENCODER = "towers.encoder.", "encoder."  # where state dicts have them
 _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
@@ -21,11 +22,11 @@ _OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 def parts_of(
     model: nn.Module, optimizer: Optimizer, average: MovingAverage | None
 ) -> dict[str, dict[str, Tensor]]:
-    """All tensors, not copied."""
+    """All tensors, whole; those that are not sharded are not copied. All ranks are to call it."""
     parts = {"optimizer": dict(_optimizer_tensors(model, optimizer))}
-    parts["encoder"], parts["heads"] = _split(model.state_dict(), _ENCODER)
+    parts["encoder"], parts["heads"] = _split(_whole_state(model), _ENCODER)
     if average is not None:
-        averaged = average.module.state_dict()
+        averaged = _whole_state(average.module)
         parts["ema_encoder"], parts["ema_heads"] = _split(averaged, _AVERAGED_ENCODER)
     return parts
 
@@ -34,27 +35,30 @@ def load_parts(
     parts: Parts, model: nn.Module, optimizer: Optimizer, average: MovingAverage | None
 ) -> None:
     """Inverse of `parts_of`; raises RuntimeError or KeyError for parts of another model."""
-    model.load_state_dict(_joined(parts["encoder"], parts["heads"], _ENCODER))
+    load_whole(model, _joined(parts["encoder"], parts["heads"], _ENCODER))
     if average is not None:
         averaged = _joined(parts["ema_encoder"], parts["ema_heads"], _AVERAGED_ENCODER)
-        average.module.load_state_dict(averaged)
+        load_whole(average.module, averaged)
     tensors = parts["optimizer"]
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:  # else no step was taken before
             # AdamW keeps its step count on the CPU and its moments with the parameter.
+            state = {key: tensors[f"{key}.{name}"].clone() for key in _OPTIMIZER_STATE}
             optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(
-                    "cpu" if key == "step" else parameter.device, copy=True
-                )
-                for key in _OPTIMIZER_STATE
+                key: tensor if key == "step" else sharded_like(tensor, parameter)
+                for key, tensor in state.items()
             }
+
+
+def _whole_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         state: Mapping[str, Tensor] = optimizer.state[parameter]
         for key in _OPTIMIZER_STATE if state else ():
-            yield f"{key}.{name}", state[key]
+            yield f"{key}.{name}", whole(state[key])
 
 
 def _split(

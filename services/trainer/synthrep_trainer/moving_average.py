@@ -9,11 +9,16 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from synthrep_trainer.parallel import local
 
 
 class MovingAverage:
-    """An averaged copy of some modules, in evaluation mode and without gradients."""
+    """An averaged copy of some modules, in evaluation mode and without gradients.
+
+    Where the modules are sharded, the copy has to be sharded alike.
+    """
 
     def __init__(self, module: nn.ModuleDict) -> None:
         """Begins as the modules are now."""
@@ -26,8 +31,8 @@ class MovingAverage:
         Args:
             decay: weight of what was averaged so far, 0-1; at 1 nothing moves.
         """
-        averages: list[Tensor] = list(self.module.parameters())
-        weights: list[Tensor] = list(module.parameters())
+        averages = [local(parameter) for parameter in self.module.parameters()]
+        weights = [local(parameter) for parameter in module.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             average.copy_(buffer)

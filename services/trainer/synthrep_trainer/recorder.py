@@ -63,6 +63,7 @@ class RunRecorder:
 
     def save(self, step: int, cursor: Cursor) -> None:
         """Write the checkpoint of a step, and delete those that are not kept."""
+        parts = self._learner.parts()  # of all ranks, where they are sharded
         if self._metrics is None:
             return
         state = {
@@ -71,7 +72,7 @@ class RunRecorder:
             "encoder": dataclasses.asdict(self._learner.config.encoder),
             "request": self._record.request.model_dump(mode="json"),
         }
-        path = save_checkpoint(self._folder.checkpoints, step, self._learner.parts(), state)
+        path = save_checkpoint(self._folder.checkpoints, step, parts, state)
         retire_checkpoints(
             self._folder.checkpoints,
             keep=self._settings.keep_checkpoints,

@@ -44,6 +44,8 @@ class TrainerSettings(ServiceSettings):
     """Pause between two looks at the commit log while waiting for it to grow."""
     verify_s: float = Field(default=10.0, gt=0)
     """Time spent on verifying new shards before a window opens that could open already."""
+    layout: Literal["replicate", "shard"] = "replicate"
+    """Whether each process of a run holds the whole encoder (DDP), or a part of it (FSDP2)."""
     compile: bool = False
     """Whether torch compiles the encoder's blocks; needs a C++ compiler, on CUDA too."""
     wandb_project: str = ""

@@ -50,7 +50,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     record = folder.record
     device = choose_device(settings.device)
     config = recipe.learner_config(record, device.type)
-    learner = Learner(config, device, is_compiled=settings.compile)
+    learner = Learner(config, device, is_compiled=settings.compile, layout=settings.layout)
     checkpoint = _load_newest_of_rank_0(folder)
     step, cursor = 0, Cursor()
     if checkpoint is not None:

@@ -100,7 +100,9 @@ class Towers(nn.Module):
         texts = None
         if self.text is not None and inputs.tokens is not None:
             texts = self.text(inputs.tokens)
-        return Features(rows, texts, crops, patches)
+        # Not as views of all tokens: FSDP2 hangs its hooks on what comes out.
+        crops = None if crops is None else crops.clone()
+        return Features(rows.clone(), texts, crops, patches)
 
 
 class TeacherTower(nn.Module):
