@@ -18,6 +18,7 @@ from synthrep_generator.errors import ModelConfigError, ModelFilesMissingError
 from synthrep_generator.pipelines.family import Family
 from synthrep_generator.pipelines.flow_matching import Flux, StableDiffusion3
 from synthrep_generator.pipelines.language_models import PixArt, PixArtSigma, Sana
+from synthrep_generator.pipelines.linears import take_onednn
 from synthrep_generator.pipelines.samplers import check_options
 from synthrep_generator.pipelines.stable_diffusion import (
     LatentConsistency,
@@ -136,6 +137,8 @@ def _tune(family: Family, model: ModelConfig) -> None:
         pipeline.vae.enable_tiling()
     if model.compile:
         denoiser.compile()
+    else:
+        take_onednn(denoiser)
 
 
 def _quieten() -> None:
