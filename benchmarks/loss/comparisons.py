@@ -28,7 +28,7 @@ def _compare(
     peer: Name,
     *,
     python: Path | None = None,
-    rounds: int = 5,
+    rounds: int = 3,
     ours: Name = "ours",
     **given: Any,
 ) -> Measured:
@@ -52,7 +52,7 @@ def medium_step(dose: Dose) -> Measured:
 
 @case("step of 8,192 rows", unit="s", peer=_PUBLISHED, higher_is_better=False, min_ratio=5.0)
 def large_step(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _LARGE, "published")
+    return _compare(dose, step_s, _LARGE, "published", rounds=5)
 
 
 @case("step of 16,384 rows", unit="s", peer="", higher_is_better=False)
@@ -63,34 +63,34 @@ def huge_step(dose: Dose) -> Measured:
 
 @case("SupCon, 4,096 rows", unit="s", peer=_METRIC_LEARNING, higher_is_better=False)
 def medium_step_of_metric_learning(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _MEDIUM, "metric_learning", python=PEER_PYTHON, rounds=3)
+    return _compare(dose, step_s, _MEDIUM, "metric_learning", python=PEER_PYTHON)
 
 
 @case("SupCon, 8,192 rows", unit="s", peer=_METRIC_LEARNING, higher_is_better=False)
 def large_step_of_metric_learning(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _LARGE, "metric_learning", python=PEER_PYTHON, rounds=3)
+    return _compare(dose, step_s, _LARGE, "metric_learning", python=PEER_PYTHON)
 
 
 @case("NT-Xent, 4,096 rows", unit="s", peer=_LIGHTLY, higher_is_better=False, min_ratio=3.0)
 def medium_step_of_lightly(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _MEDIUM, "lightly", python=PEER_PYTHON, rounds=3)
+    return _compare(dose, step_s, _MEDIUM, "lightly", python=PEER_PYTHON)
 
 
 @case("NT-Xent, 8,192 rows", unit="s", peer=_LIGHTLY, higher_is_better=False, min_ratio=3.0)
 def large_step_of_lightly(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _LARGE, "lightly", python=PEER_PYTHON, rounds=3)
+    return _compare(dose, step_s, _LARGE, "lightly", python=PEER_PYTHON)
 
 
 @case("tile of 1 of 2 ranks, 8,192 rows", unit="s", peer=_PUBLISHED, higher_is_better=False,
       min_ratio=2.0)  # fmt: skip
 def tile_of_two_ranks(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _LARGE, "published_tile", ours="our_tile", rounds=3, ranks=2)
+    return _compare(dose, step_s, _LARGE, "published_tile", ours="our_tile", ranks=2)
 
 
 @case("tile of 1 of 4 ranks, 8,192 rows", unit="s", peer=_PUBLISHED, higher_is_better=False,
       min_ratio=2.0)  # fmt: skip
 def tile_of_four_ranks(dose: Dose) -> Measured:
-    return _compare(dose, step_s, _LARGE, "published_tile", ours="our_tile", rounds=3, ranks=4)
+    return _compare(dose, step_s, _LARGE, "published_tile", ours="our_tile", ranks=4)
 
 
 @case("memory of 4,096 rows", unit="MB", peer=_PUBLISHED, higher_is_better=False)
