@@ -1,9 +1,8 @@
 """Logarithms of sums of exponentials of all products of rows, without a matrix of them.
 
 The part of `losses` that sees all pairs. It goes through square tiles that stay in the cache and
-are computed again in backward: memory is O(N D), paid for by one more matrix product. Keeping the
-exponentials for backward would save at most a quarter of the products, and cost memory whose first
-touch takes about as long.
+are computed again in backward: memory is O(N D), paid for by one more matrix product, half of one
+where the matrix is symmetric.
 
 Legend: N rows, D dimension, v a row, g gradient of a row's result.
 """
