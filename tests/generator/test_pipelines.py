@@ -23,6 +23,7 @@ from synthrep_generator.errors import (  # noqa: E402
     ModelFilesMissingError,
     PermanentPromptError,
 )
+from synthrep_generator.model_files import MANIFEST, Manifest  # noqa: E402
 from synthrep_generator.pipelines.family import Text  # noqa: E402
 from synthrep_generator.pipelines.samplers import make_scheduler  # noqa: E402
 from synthrep_generator.settings import ModelConfig  # noqa: E402
@@ -134,7 +135,8 @@ def test_a_batch_is_what_the_pipeline_makes_one_by_one(
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_an_image_does_not_depend_on_what_is_made_beside_it(folders: Any, kind: str) -> None:
     synthesizer = load_synthesizer(config(folders(kind)), device="cpu")
-    wanted = recipe(synthesizer._family.kind.samplers[-1], 2.0)  # the one that adds noise, if any does
+    # The last of its samplers is the one that adds noise, if any does.
+    wanted = recipe(synthesizer._family.kind.samplers[-1], 2.0)
     together = make(synthesizer, TASKS, wanted)
     alone = [make(synthesizer, [task], wanted)[0] for task in reversed(TASKS)][::-1]
     for one, other in zip(together, alone, strict=True):
@@ -336,6 +338,17 @@ def test_a_variant_of_the_weights_is_taken_where_there_is_one(folders: Any, tmp_
     assert len(make(synthesizer, TASKS, recipe("ddim", 2.0))) == 3
     with pytest.raises(ModelFilesMissingError):
         load_synthesizer(config(model), device="cpu")
+
+
+def test_the_revision_is_that_of_the_manifest_where_there_is_one(
+    folders: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(folders("sd15"), model)
+    assert load_synthesizer(config(model, revision="mine"), device="cpu").revision == "mine"
+    manifest = Manifest(alias="m", repo="a/m", revision="f" * 40, licence="", files=())
+    (model / MANIFEST).write_text(manifest.model_dump_json())
+    assert load_synthesizer(config(model, revision="mine"), device="cpu").revision == "f" * 40
 
 
 def test_noise_has_the_shape_of_the_latents(folders: Any) -> None:
