@@ -109,10 +109,12 @@ def _synthesizer() -> Any:
 def _pipeline() -> Any:
     import diffusers
     import torch
+    import transformers
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(
         _tiny().path, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
