@@ -307,6 +307,14 @@ def test_half_precision_learns_nearly_the_same(name):
     assert F.cosine_similarity(one, two, dim=0) > 0.95
 
 
+def test_stochastic_depth_is_drawn_anew_at_each_step():
+    encoder = replace(config("clip").encoder, drop_path_rate=0.5)
+    learner, batch = Learner(config("clip", encoder=encoder), CPU), make_batch("clip")
+    still = Rates(lr=0.0)
+    losses = [learner.step(batch, step=step, rates=still).loss for step in (1, 2, 1)]
+    assert losses[0] == losses[2] != losses[1]
+
+
 def test_the_logit_scale_stays_below_100():
     learner = Learner(config("clip"), CPU)
     with torch.no_grad():
