@@ -109,7 +109,7 @@ class RunRecorder:
         request = self._record.request
         run = TrackedRun(
             id=self._folder.id,
-            dataset=request.dataset,
+            dataset=request.dataset_name,
             folder=self._folder.path,
             step=self._step,
             request=request.model_dump(mode="json"),

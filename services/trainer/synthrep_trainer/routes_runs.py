@@ -75,7 +75,7 @@ def submit(
 
 def _check(context: Context, caller: Principal, request: RunRequest) -> None:
     """Raises what becomes 403, 422 or 429."""
-    if caller.datasets is not None and not caller.lists(request.dataset):
+    if caller.datasets is not None and not caller.lists(request.dataset_name):
         raise HTTPException(403, "the key does not reach this data set")
     known = probe_datasets(context.settings.probe_data) if request.probe_datasets else {}
     if not known.keys() >= set(request.probe_datasets):

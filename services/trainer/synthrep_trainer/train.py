@@ -57,7 +57,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
         learner.load(checkpoint.parts)
         step, cursor = checkpoint.step, Cursor.from_json(checkpoint.state["cursor"])
     stream = ShardStream(
-        DatasetPaths(settings.root, record.request.dataset),
+        DatasetPaths(settings.root, record.request.dataset_name),
         folder.path,
         recipe.sampling_plan(record),
         step=step,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from synthrep_shared.messages.fields import Answer, DatasetName, ProbeSetName, Request, State
 
 Objective = Literal["stablerep", "stablerep+", "simclr", "clip", "synclr"]
 _MAX_COUNT = 10**9 - 1  # the steps that a checkpoint's name has room for
+_SOURCE = r"^https?://[A-Za-z0-9.:\[\]-]{1,255}/v1/datasets/[a-z0-9][a-z0-9_-]{0,63}$"
+SourceUrl = Annotated[str, StringConstraints(pattern=_SOURCE)]
+"""A data set of a generator, as `https://host:8000/v1/datasets/birds`."""
 
 
 class TextOptions(Request):
@@ -60,8 +63,11 @@ class SynclrOptions(Request):
 class RunRequest(Request):
     """Body of `POST /v1/runs`: what to train on which data set."""
 
-    dataset: DatasetName
-    """Data set whose commit log is followed; it may still be empty."""
+    dataset: DatasetName | None = None
+    """Data set whose commit log is followed; it may still be empty. Give this or `source_url`."""
+    source_url: SourceUrl | None = None
+    """The same behind a generator's API, `https://host:8000/v1/datasets/birds`, which needs no
+    shared disk; only addresses that the trainer's settings allow."""
     objective: Objective = "stablerep"
     """What are positives. `stablerep`: images of one caption; `simclr`: two crops of one image;
     `clip`: an image and its caption; `stablerep+`: the first and the third; `synclr`: as the first,
@@ -122,6 +128,14 @@ class RunRequest(Request):
     """Groups that must be committed before the first step; None: one batch of captions."""
     max_uses_per_image: int = Field(default=100, ge=1, le=_MAX_COUNT)
     """How often a stored image may be drawn; the trainer waits for new ones at the bound."""
+    max_age_groups: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
+    """Only so many of the newest groups are trained on; None: all of them."""
+    min_generated_per_trained: float | None = Field(default=None, gt=0, le=1000)
+    """Committed images for each image view trained on; below that the trainer waits for new ones.
+    None: it does not."""
+    pause_generation_above: int | None = Field(default=None, ge=1, lt=2**53)
+    """Committed images not yet trained on above which the generator is asked to pause the data
+    set's batches, until half of them are used; None: it is left alone."""
     checkpoint_every: int = Field(default=100, ge=1, le=_MAX_COUNT)
     """Steps between checkpoints."""
     probe_every: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
@@ -140,11 +154,21 @@ class RunRequest(Request):
     def _has_an_end_and_sets_to_probe(self) -> RunRequest:
         if (self.max_steps is None) == (self.max_images is None):
             raise ValueError("give either max_steps or max_images")
+        if (self.dataset is None) == (self.source_url is None):
+            raise ValueError("give either dataset or source_url")
+        fill = max(self.captions_per_batch, self.min_fill_groups or 0)
+        if self.max_age_groups is not None and self.max_age_groups < fill:
+            raise ValueError(f"max_age_groups must be at least {fill}, what the first batch takes")
         if (self.probe_every is None) == bool(self.probe_datasets):
             raise ValueError("probe_every and probe_datasets belong together")
         if len(set(self.probe_datasets)) < len(self.probe_datasets):
             raise ValueError("probe_datasets names a set twice")
         return self
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the data set, wherever it is."""
+        return self.dataset or (self.source_url or "").rpartition("/")[2]
 
 
 class RunView(Answer):
