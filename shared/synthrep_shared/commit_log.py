@@ -21,7 +21,7 @@ from synthrep_shared.log_media import open_medium
 from synthrep_shared.storage import Location
 
 VERSION = 1
-_LOOK_S = 0.003  # between two looks at the size of a file, a few microseconds each
+_LOOK_S = 0.002  # between two looks at the size of a file, a few microseconds each
 Kind = Literal["shard", "failure", "reject", "cancel"]
 
 
