@@ -143,29 +143,7 @@ def replaced_host(site: Site) -> str:
     return f"ended after {took_s:.0f} s; resumed with a new host from step {reached}"
 
 
-def host_that_joins(site: Site) -> str:
-    """A new host comes while torchrun still waits: the job goes on without having ended."""
-    folder = site.submit()
-    site.start(folder, 0, 1, restarts=3)
-    reach(folder, _EARLY)
-    site.hosts[1].close()
-    lost_at = step(folder)
-    begin = time.monotonic()
-    site.hosts[1] = Host("c", "10.77.0.3")
-    connect(*site.hosts)
-    site.start(folder, 1, restarts=3)
-    reach(folder, lost_at + _MORE)
-    expect_whole(folder)
-    assert site.hosts[0].processes[0].poll() is None
-    return f"went on with a new host; {_MORE} steps further after {time.monotonic() - begin:.0f} s"
-
-
-CASES: tuple[Callable[[Site], str], ...] = (
-    cut_link,
-    killed_rank,
-    replaced_host,
-    host_that_joins,
-)
+CASES: tuple[Callable[[Site], str], ...] = (cut_link, killed_rank, replaced_host)
 
 
 def main() -> int:

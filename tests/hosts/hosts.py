@@ -85,7 +85,9 @@ class Host:
 
 
 def connect(first: Host, second: Host) -> None:
-    """Lay a cable between two hosts."""
+    """Lay a cable between two hosts, in place of the one that the first may have."""
+    unplug = ["ip", "-n", first.name, "link", "del", first.interface]
+    subprocess.run(unplug, check=False, capture_output=True)
     _ip("link", "add", first.interface, "netns", first.name, "type", "veth",
         "peer", "name", second.interface, "netns", second.name)  # fmt: skip
     first.plug_in()
