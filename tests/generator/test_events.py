@@ -130,6 +130,17 @@ def test_a_feed_tells_the_work_of_its_caller_only(pets, context, backlog):
     }
 
 
+def test_an_event_s_id_names_no_data_set_beyond_reach(pets, context):
+    ann = Principal("ann", frozenset({"read"}))
+    feed = EventFeed(context, ann)
+    header = pets.accept(["a"])  # somebody else's
+    pets.commit(header, {0: "a"})
+    feed.poll()
+    assert "pets" not in feed.last_event_id
+    assert "pets" in EventFeed(context, OPEN).last_event_id
+    assert told(EventFeed(context, ann, feed.last_event_id)) == []
+
+
 async def listen(app, until, act, headers=()):
     """The text of `GET /v1/events` up to `until`; `act` runs once the stream is open."""
     received, opened, done = bytearray(), asyncio.Event(), asyncio.Event()

@@ -43,18 +43,26 @@ class EventFeed:
     ) -> None:
         self._context, self._caller = context, caller
         self._positions: dict[str, tuple[int, int]] = {}
+        self._reached: set[str] = set()
         self._running: dict[str, int] = {}
         self._workers: dict[str, WorkerView] = {}
         told = None if last_event_id is None else _positions(last_event_id, context.epoch)
         for index in context.catalog.datasets():
             now = (index.last_seq, index.tick)
             self._positions[index.name] = now if told is None else told.get(index.name, (0, 0))
+            if may_reach(caller, index):
+                self._reached.add(index.name)
 
     @property
     def last_event_id(self) -> str | None:
-        """What has been told so far, for a header `Last-Event-ID`; None if it would be long."""
+        """What has been told so far, for a header `Last-Event-ID`; None if it would be long.
+
+        Of data sets beyond the caller's reach it tells nothing.
+        """
         positions = "".join(
-            f",{name}={seq}.{tick}" for name, (seq, tick) in self._positions.items() if seq or tick
+            f",{name}={seq}.{tick}"
+            for name, (seq, tick) in self._positions.items()
+            if name in self._reached and (seq or tick)
         )
         return f"{self._context.epoch}{positions}" if len(positions) < _MAX_ID else None
 
@@ -68,6 +76,7 @@ class EventFeed:
             seq, tick = self._positions.get(index.name, (0, 0))
             last_seq, last_tick = index.last_seq, index.tick
             if may_reach(self._caller, index):
+                self._reached.add(index.name)
                 shards = index.shards(seq, _MAX_SHARDS_AT_ONCE)
                 if len(shards) == _MAX_SHARDS_AT_ONCE:
                     last_seq = shards[-1].seq
