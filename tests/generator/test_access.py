@@ -274,6 +274,20 @@ def test_prompts_in_a_day_are_bounded_and_the_answer_says_when_to_come_back(make
     assert submit(api, "lab", count=2).headers["retry-after"] > refused.headers["retry-after"]
 
 
+def test_an_upload_may_be_repeated_once_its_quota_is_used(make_api):
+    api = make_api({"ann": {"scopes": ["submit"], "max_prompts_per_day": 2}})
+    headers = {"content-type": "text/plain", "idempotency-key": "k"}
+    path, body = "/v1/batches/upload?dataset=mine", b"a dog\na cat"
+    first = call(api, "ann", "POST", path, content=body, headers=headers)
+    again = call(api, "ann", "POST", path, content=body, headers=headers)
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.json() == again.json()
+    other = call(api, "ann", "POST", path, content=b"a hen", headers=headers)
+    assert other.status_code == 409
+    fresh = headers | {"idempotency-key": "l"}
+    assert call(api, "ann", "POST", path, content=body, headers=fresh).status_code == 429
+
+
 def test_the_door_stays_shut_until_the_low_water(make_api, pets):
     api = make_api(high_water_prompts=4, low_water_fraction=0.5)
     batch = submit(api, "ann", count=4).json()["id"]

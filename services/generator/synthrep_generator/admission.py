@@ -24,7 +24,13 @@ from synthrep_generator.errors import (
     ModelFilesMissingError,
     UnknownModelError,
 )
-from synthrep_generator.intake import BatchHeader, IntakeReader, batch_id_from_key, write_batch
+from synthrep_generator.intake import (
+    BatchHeader,
+    IntakeReader,
+    batch_id_from_key,
+    has_batch,
+    write_batch,
+)
 from synthrep_generator.judge_files import check_judges
 from synthrep_generator.model_files import check_recipe, find_model, usable_models
 from synthrep_generator.quotas import check_quotas
@@ -119,8 +125,15 @@ class Admission:
         parts = zip(asked.mixture, variants, strict=True)
         return asked.model_copy(update={"mixture": tuple(c.completed(v) for c, v in parts)})
 
-    def check_room(self, caller: Principal, dataset: str) -> None:
-        """Raises what `accept` would raise for one prompt of the caller's now."""
+    def check_room(self, caller: Principal, dataset: str, idempotency_key: str | None) -> None:
+        """Raises what `accept` would raise for one prompt of the caller's now.
+
+        A request that may be a repeated one takes no room; `accept` tells.
+        """
+        if idempotency_key is not None:
+            batch_id = batch_id_from_key(caller.owner, dataset, idempotency_key)
+            if has_batch(DatasetPaths(self._catalog.root, dataset), batch_id):
+                return
         self._check_reach(caller, dataset)
         with self._room_for(caller, 1):
             pass

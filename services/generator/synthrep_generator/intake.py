@@ -93,6 +93,11 @@ def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]
         written.unlink(missing_ok=True)
 
 
+def has_batch(paths: DatasetPaths, batch: str) -> bool:
+    """Whether a batch of this id was accepted."""
+    return _path(paths, batch).exists()
+
+
 def list_batches(paths: DatasetPaths) -> list[str]:
     """Ids of the accepted batches, in no order."""
     return _stems(paths.intake, ".jsonl")

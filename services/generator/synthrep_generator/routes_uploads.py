@@ -89,7 +89,7 @@ async def upload(
     except anyio.WouldBlock:
         raise HighWaterError(f"{_MAX_UPLOADS} uploads are coming in; send this one later") from None
     try:
-        await run_sync(_check_early, context, caller, query)
+        await run_sync(_check_early, context, caller, query, idempotency_key)
         with tempfile.TemporaryFile(dir=spool_folder(context.catalog.root)) as raw:
             await _receive(request, raw)
             answer = await run_sync(
@@ -122,10 +122,12 @@ def _content(request: Request) -> tuple[str, bool]:
     return media_type, encoding == "gzip"
 
 
-def _check_early(context: Context, caller: Principal, query: UploadQuery) -> None:
+def _check_early(
+    context: Context, caller: Principal, query: UploadQuery, idempotency_key: str | None
+) -> None:
     """Refuse before the body comes what would be refused after it."""
     context.admission.complete(generation_settings(query))
-    context.admission.check_room(caller, query.dataset)
+    context.admission.check_room(caller, query.dataset, idempotency_key)
 
 
 async def _receive(request: Request, raw: IO[bytes]) -> None:
