@@ -151,6 +151,7 @@ def main() -> int:
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         say("skipped: network namespaces need Linux, root and iproute2 (`ip`)")
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # take the hosts away then, too
     failed = 0
     for case in CASES:
         folder = Path(tempfile.mkdtemp(prefix="synthrep-hosts-"))
