@@ -106,6 +106,7 @@ def _progress(*, quiet: bool) -> Iterator[model_hub.Progress]:
 
 
 def _rows() -> list[ModelRow]:
+    from synthrep_generator.errors import ModelFilesMissingError
     from synthrep_generator.model_catalogue import CATALOGUE
     from synthrep_generator.model_files import read_manifest, wrong_sizes
     from synthrep_generator.settings import GeneratorSettings
@@ -122,8 +123,11 @@ def _rows() -> list[ModelRow]:
             )  # fmt: skip
     for alias, entry in CATALOGUE.items():
         folder = settings.model_cache.expanduser() / alias
-        manifest = read_manifest(folder)
-        state, size_mb = "not pulled", None
+        manifest, state, size_mb = None, "not pulled", None
+        try:
+            manifest = read_manifest(folder)
+        except ModelFilesMissingError:
+            state = "damaged"
         if manifest is not None:
             state = "damaged" if wrong_sizes(folder, manifest) else "here"
             size_mb = manifest.num_bytes / _MEGABYTE

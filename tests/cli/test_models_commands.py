@@ -55,6 +55,13 @@ def test_a_pull_tells_licence_revision_and_place_and_the_next_one_that_all_is_th
         assert again.stdout.endswith("up to date\n")
 
 
+def test_a_malformed_manifest_is_shown_as_damage(hub: FakeHub, tmp_path: Path) -> None:
+    run("pull", "sd15")
+    assert states()["sd15"] == "here"
+    (tmp_path / "sd15" / "manifest.json").write_text("")
+    assert states()["sd15"] == "damaged"
+
+
 def test_programs_get_the_manifest(hub: FakeHub) -> None:
     manifest = json.loads(run("pull", "sd15", "--json").stdout)
     assert (manifest["alias"], manifest["repo"]) == ("sd15", SD15.repo)

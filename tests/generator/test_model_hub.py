@@ -287,6 +287,21 @@ def test_a_malformed_manifest_is_named(tmp_path: Path) -> None:
         find_model(GeneratorSettings(model_cache=tmp_path), "sd15")
 
 
+def test_a_malformed_manifest_takes_no_other_model_along(tmp_path: Path) -> None:
+    settings = pulled(tmp_path)
+    (tmp_path / "sd15" / MANIFEST).write_text("")
+    assert list(usable_models(settings)) == ["tiny"]
+
+
+def test_a_pull_mends_a_malformed_manifest(hub: FakeHub, tmp_path: Path) -> None:
+    first, _ = pull_model("m", ENTRY, tmp_path)
+    (tmp_path / "m" / MANIFEST).write_text("")
+    hub.requests.clear()
+    assert pull_model("m", ENTRY, tmp_path) == (first, True)
+    assert hub.requests == []  # the files were here, and what the hub says
+    assert read_manifest(tmp_path / "m") == first
+
+
 def test_configured_fields_of_a_catalogue_alias_have_priority(tmp_path: Path) -> None:
     given = {"sdxl-lightning": {"store_px": 128}}
     settings = GeneratorSettings(model_cache=tmp_path, models=given)

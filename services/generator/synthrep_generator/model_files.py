@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -110,7 +111,8 @@ def usable_models(settings: GeneratorSettings) -> dict[str, ModelConfig]:
     for alias in CATALOGUE:
         folder = settings.model_cache.expanduser() / alias
         if alias not in found and (folder / MANIFEST).exists():
-            found[alias] = find_model(settings, alias)
+            with suppress(ModelFilesMissingError):
+                found[alias] = find_model(settings, alias)
     return found
 
 

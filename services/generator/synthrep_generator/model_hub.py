@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, tqdm
 
-from synthrep_generator.errors import ModelHubError
+from synthrep_generator.errors import ModelFilesMissingError, ModelHubError
 from synthrep_generator.model_catalogue import LORA_FOLDER, CatalogueEntry
 from synthrep_generator.model_files import (
     MANIFEST,
@@ -33,7 +34,7 @@ from synthrep_generator.model_files import (
     read_manifest,
     wrong_sizes,
 )
-from synthrep_shared.storage import sha256_file
+from synthrep_shared.storage import publish_bytes, sha256_file
 
 _INDEX = "model_index.json"
 _TEXTS = (".json", ".txt", ".model")
@@ -78,7 +79,9 @@ def pull_model(
     """
     progress = progress or Progress()
     folder = cache.expanduser() / alias
-    manifest = read_manifest(folder)
+    manifest = None
+    with suppress(ModelFilesMissingError):  # a malformed one is written anew
+        manifest = read_manifest(folder)
     if manifest is not None and _is_current(manifest, entry):
         judge = damaged_files if verify else wrong_sizes
         damaged = judge(folder, manifest)
@@ -208,9 +211,7 @@ def _fetch_all(alias: str, entry: CatalogueEntry, folder: Path, hub: _Hub) -> Ma
         licence=entry.licence,
         files=tuple(hub.fetch(remote, folder) for remote in remotes),
     )
-    written = folder / (MANIFEST + _PARTIAL)
-    written.write_text(manifest.model_dump_json(indent=1))
-    written.replace(folder / MANIFEST)
+    publish_bytes(manifest.model_dump_json(indent=1).encode(), folder / MANIFEST, replace=True)
     return manifest
 
 
