@@ -56,6 +56,16 @@ def test_upload_takes_a_gate_as_json(client, root):
     assert upload(client, b"a dog", quality_gate="blank").status_code == 422
 
 
+def test_upload_finds_the_charset_among_other_parameters(client):
+    for parameters, status in (
+        ("charset=utf-8; header=present", 202),
+        ("header=present; charset=utf-8", 202),
+        ("header=present; charset=latin-1", 415),
+    ):
+        answer = upload(client, b"caption\na dog", f"text/csv; {parameters}")
+        assert answer.status_code == status, parameters
+
+
 def test_upload_takes_a_mixture_as_json(client, root):
     mixture = '[{"guidance_scale": 1, "weight": 2}, {"guidance_scale": 4.5}]'
     answer = upload(client, b"a dog\na cat\na hen", mixture=mixture)

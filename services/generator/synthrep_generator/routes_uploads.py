@@ -111,9 +111,10 @@ def _content(request: Request) -> tuple[str, bool]:
     """The body's media type, and whether it is packed; raises 415."""
     media_type, _, parameters = request.headers.get("content-type", "").partition(";")
     media_type = media_type.strip().lower()
-    name, _, charset = parameters.partition("=")
-    if name.strip().lower() == "charset" and charset.strip(' "').lower() not in _CHARSETS:
-        raise HTTPException(415, "send UTF-8")
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "charset" and value.strip(' "').lower() not in _CHARSETS:
+            raise HTTPException(415, "send UTF-8")
     if media_type not in FORMATS:
         raise HTTPException(415, f"send one of {', '.join(FORMATS)}")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
