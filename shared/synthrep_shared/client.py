@@ -11,7 +11,7 @@ connection errors, 429 and 503, honouring `Retry-After`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from synthrep_shared.client_async import AsyncSynthRep
 from synthrep_shared.client_calls import GENERATOR_URL, TRAINER_URL, Calls
+from synthrep_shared.errors import ServiceError
 from synthrep_shared.messages import (
     BatchAccepted,
     BatchView,
@@ -41,8 +42,16 @@ M = TypeVar("M", bound=BaseModel)
 class SynthRep(Calls):
     """Blocking client; use as a context manager or `close` it."""
 
-    def __init__(self, *args: Any, transport: httpx.BaseTransport | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], object] = time.sleep,
+        **kwargs: Any,
+    ):
+        """`sleep` waits between attempts, and may raise to give up."""
         super().__init__(*args, **kwargs)
+        self._sleep = sleep
         self._http = httpx.Client(
             headers=self._headers, timeout=self._timeout_s, transport=transport
         )
@@ -73,14 +82,17 @@ class SynthRep(Calls):
                 pause_s = self._pause_s(attempt, None)
                 if pause_s is None:
                     raise self._unreachable(url, error) from error
-            time.sleep(pause_s)
+            self._sleep(pause_s)
             attempt += 1
 
     def _items(self, url: str, model: type[M], **params: Any) -> Iterator[M]:
+        return map(model.model_validate, self._pages(url, **params))
+
+    def _pages(self, url: str, **params: Any) -> Iterator[dict[str, Any]]:
         params = {k: v for k, v in params.items() if v is not None} | {"limit": self.page_items}
         while True:
             page = self.request("GET", url, params=params)
-            yield from (model.model_validate(item) for item in page["items"])
+            yield from page["items"]
             if page["next_cursor"] is None:
                 return
             params["cursor"] = page["next_cursor"]
@@ -103,9 +115,9 @@ class SynthRep(Calls):
             self.request("GET", f"{self.generator_url}/v1/batches/{batch_id}")
         )
 
-    def batches(self) -> Iterator[BatchView]:
-        """All batches."""
-        return self._items(f"{self.generator_url}/v1/batches", BatchView)
+    def batches(self, dataset: str | None = None) -> Iterator[BatchView]:
+        """All batches, or those of one data set."""
+        return self._items(f"{self.generator_url}/v1/batches", BatchView, dataset=dataset)
 
     def failures(self, batch_id: str) -> Iterator[FailureView]:
         """Prompts of a batch that ended as failures."""
@@ -132,10 +144,27 @@ class SynthRep(Calls):
         url = f"{self.generator_url}/v1/datasets/{dataset}/shards"
         return self._items(url, ShardView, after=after)
 
-    def shard_bytes(self, dataset: str, name: str) -> bytes:
-        """A sealed shard, whole."""
+    def records(self, dataset: str, after: int = 0) -> Iterator[dict[str, Any]]:
+        """The commit log after a position, as `commit_log.CommitRecord` has it."""
+        url = f"{self.generator_url}/v1/datasets/{dataset}/records"
+        return self._pages(url, after=after)
+
+    def shard_bytes(
+        self, dataset: str, name: str, *, start: int = 0, num_bytes: int | None = None
+    ) -> bytes:
+        """A sealed shard, whole, or so many bytes from `start` on, fewer at its end."""
         url = f"{self.generator_url}/v1/datasets/{dataset}/shards/{name}"
-        return bytes(self._call("GET", url).content)
+        if num_bytes is None:
+            return bytes(self._call("GET", url).content)
+        try:
+            headers = {"range": f"bytes={start}-{start + num_bytes - 1}"}
+            response = self._call("GET", url, headers=headers)
+        except ServiceError as error:
+            if error.status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return b""
+            raise
+        is_part = response.status_code == httpx.codes.PARTIAL_CONTENT
+        return response.content if is_part else response.content[start : start + num_bytes]
 
     def group(self, gid: str) -> GroupView:
         """Where the images of a prompt come from."""
@@ -170,13 +199,7 @@ class SynthRep(Calls):
     def metrics(self, run_id: str, after: int = -1) -> Iterator[dict[str, Any]]:
         """The run's numbers by step, after a step."""
         url = f"{self.trainer_url}/v1/runs/{run_id}/metrics"
-        params: dict[str, Any] = {"after": after, "limit": self.page_items}
-        while True:
-            page = self.request("GET", url, params=params)
-            yield from page["items"]
-            if page["next_cursor"] is None:
-                return
-            params["cursor"] = page["next_cursor"]
+        return self._pages(url, after=after)
 
     def checkpoints(self, run_id: str) -> Iterator[CheckpointView]:
         """Complete checkpoints of a run."""

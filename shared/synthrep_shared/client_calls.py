@@ -37,7 +37,7 @@ class Calls:
             "SYNTHREP_GENERATOR_URL", GENERATOR_URL
         )
         self.trainer_url = trainer_url or os.environ.get("SYNTHREP_TRAINER_URL", TRAINER_URL)
-        key = api_key or os.environ.get("SYNTHREP_API_KEY")
+        key = os.environ.get("SYNTHREP_API_KEY") if api_key is None else api_key
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._retries = retries
         self._timeout_s = timeout_s

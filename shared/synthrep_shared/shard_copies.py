@@ -1,4 +1,4 @@
-"""Sealed shards as local files: those of a local root as they are, those of a store as copies.
+"""Sealed shards as local files: those of a local root as they are, all others as copies.
 
 Copies lie in the spool of the root, shared by the processes of a machine, and are checked against
 the commit log before they get their name. The ones used longest ago make room for new ones.
@@ -11,16 +11,10 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from synthrep_shared.errors import StorageError
-from synthrep_shared.object_store import ObjectPath
-from synthrep_shared.storage import (
-    DatasetPaths,
-    StoredFile,
-    list_files,
-    spool_folder,
-    temporary_path,
-)
+from synthrep_shared.storage import Location, StoredFile, list_files, spool_folder, temporary_path
 
 COPY_BYTES = 16 << 30
 """Room for the copies of a root, unless a setting says otherwise."""
@@ -29,24 +23,53 @@ _IN_USE_S = 60.0  # a copy handed out so recently may not be open yet
 _ABANDONED_S = 3600.0
 
 
+class DistantFile(Protocol):
+    """A file that is read in pieces, as `ObjectPath` is."""
+
+    def read_range(self, start: int, num_bytes: int, /) -> bytes:
+        """Bytes from `start` on, fewer at the end; raises OSErrors as a file's."""
+        ...
+
+
+class DistantFolder(Protocol):
+    """Opens its files by name."""
+
+    def __truediv__(self, name: str, /) -> DistantFile: ...
+
+
+class ShardPlace(Protocol):
+    """A data set's shards and the root that they belong to; `DatasetPaths` is one."""
+
+    @property
+    def dataset(self) -> str: ...
+
+    @property
+    def root(self) -> Location | str:
+        """A text is the address of a root that is neither folder nor store."""
+        ...
+
+    @property
+    def shards(self) -> Path | DistantFolder: ...
+
+
 class ShardCopies:
     """The shards of one data set; safe for several threads and processes."""
 
-    def __init__(self, paths: DatasetPaths, *, max_bytes: int) -> None:
+    def __init__(self, place: ShardPlace, *, max_bytes: int) -> None:
         """`max_bytes` is the disk space that the copies of the whole root may take."""
-        self._paths, self._max_bytes = paths, max_bytes
+        self._place, self._max_bytes = place, max_bytes
 
     def path(self, name: str, *, sha256: str, num_bytes: int) -> Path:
         """The file of the shard that a record names; blocks while it is copied.
 
-        Raises FileNotFoundError if a store has no such shard, StorageError if it is not what the
-        record says, and other OSErrors. A file of a local root is not looked at.
+        Raises FileNotFoundError if there is no such shard far away, StorageError if it is not
+        what the record says, and other OSErrors. A file of a local root is not looked at.
         """
-        shard = self._paths.shards / name
+        shard = self._place.shards / name
         if isinstance(shard, Path):
             return shard
-        folder = spool_folder(self._paths.root) / "copies"
-        copy = folder / f"{self._paths.dataset}.{name}"
+        folder = spool_folder(self._place.root) / "copies"
+        copy = folder / f"{self._place.dataset}.{name}"
         with suppress(FileNotFoundError):
             os.utime(copy)
             return copy
@@ -54,7 +77,7 @@ class ShardCopies:
         self._make_room(folder, num_bytes)
         written = temporary_path(folder, copy.name)
         try:
-            if _copy(shard, written) != (num_bytes, sha256):
+            if _copy(shard, written, num_bytes) != (num_bytes, sha256):
                 raise StorageError(f"{shard} is not what its record says")
             written.replace(copy)
         finally:
@@ -76,11 +99,14 @@ class ShardCopies:
                 excess -= sizes[file]
 
 
-def _copy(shard: ObjectPath, written: Path) -> tuple[int, str]:
-    """Copy a shard to a new local file; returns its size in bytes and its sha256."""
+def _copy(shard: DistantFile, written: Path, expected_bytes: int) -> tuple[int, str]:
+    """Copy a shard to a new local file; returns its size in bytes and its sha256.
+
+    Of one that is longer than it should be, no more is copied than shows that.
+    """
     digest, num_bytes, piece = hashlib.sha256(), 0, bytes(_READ_BYTES)
     with written.open("xb") as target:
-        while len(piece) == _READ_BYTES:
+        while len(piece) == _READ_BYTES and num_bytes <= expected_bytes:
             piece = shard.read_range(num_bytes, _READ_BYTES)
             target.write(piece)
             digest.update(piece)

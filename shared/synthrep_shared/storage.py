@@ -148,7 +148,7 @@ def is_writable(root: Location) -> bool:
     return True
 
 
-def spool_folder(root: Location) -> Path:
+def spool_folder(root: Location | str) -> Path:
     """The local folder for files in the making: the root itself, or one below `TMPDIR`."""
     if isinstance(root, Path):
         return root

@@ -22,7 +22,7 @@ from synthrep_generator.queues import QueueView, WorkerView
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared import messages
 from synthrep_shared.client import AsyncSynthRep, SynthRep
-from synthrep_shared.commit_log import read_log
+from synthrep_shared.commit_log import CommitRecord, read_log
 from synthrep_shared.errors import ServiceError
 from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.checkpoint_folders import Manifest, publish_checkpoint
@@ -163,6 +163,11 @@ def test_batches_datasets_and_shards(synthrep, factory, page):
     for shard in shards:
         data = synthrep.shard_bytes("birds", shard.name)
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (shard.sha256, shard.bytes)
+        part = synthrep.shard_bytes("birds", shard.name, start=len(data) - 3, num_bytes=512)
+        assert part == data[-3:]
+        assert synthrep.shard_bytes("birds", shard.name, start=len(data), num_bytes=512) == b""
+    records = [CommitRecord.model_validate(r) for r in synthrep.records("birds", after=1)]
+    assert records == list(read_log(factory.paths.log, after=1))
 
 
 def test_a_batch_is_controlled(synthrep):

@@ -203,6 +203,12 @@ class DatasetIndex:
         sealed = (r for r in self._index.records(after) if r.kind == "shard")
         return [shard_view(record) for record in islice(sealed, limit)]
 
+    def records(self, after: int, limit: int) -> list[CommitRecord]:
+        """Up to `limit` records with a sequence number above `after`, in order."""
+        if after >= self.last_seq:
+            return []
+        return list(islice(self._index.records(after), limit))
+
     def shard(self, name: str) -> tuple[ShardView, Path] | None:
         """The sealed shard of this name and its file; None if the log does not name it.
 

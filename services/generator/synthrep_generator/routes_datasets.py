@@ -21,6 +21,7 @@ from synthrep_generator.context import (
 )
 from synthrep_generator.problems import not_found
 from synthrep_shared.asgi import ProblemResponse, needs, problem_answers
+from synthrep_shared.commit_log import CommitRecord
 from synthrep_shared.messages import DatasetView, Page, ShardView
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -112,6 +113,34 @@ def list_shards(
     shown = shards[:limit]
     next_cursor = str(shown[-1].seq) if len(shards) > limit else None
     return Page[ShardView](items=shown, next_cursor=next_cursor)
+
+
+@router.get(
+    "/{dataset}/records",
+    response_model=Page[CommitRecord],
+    summary="The commit log after a position",
+    responses=problem_answers(404),
+    openapi_extra=needs("read"),
+)
+def list_records(
+    context: ContextDep,
+    caller: CallerDep,
+    dataset: DatasetId,
+    after: Annotated[
+        int, Query(ge=0, le=_MAX_SEQ, description="Sequence number to go on from")
+    ] = 0,
+    cursor: Position = None,
+    limit: Limit = 100,
+) -> Page[CommitRecord]:
+    """Every record as it is, with the groups of shards and the rejections that came later.
+
+    Enough to follow a data set without its disk; numbers have no holes.
+    """
+    index = context.dataset(caller, dataset)
+    records = index.records(after if cursor is None else int(cursor), limit + 1)
+    shown = records[:limit]
+    next_cursor = str(shown[-1].seq) if len(records) > limit else None
+    return Page[CommitRecord](items=shown, next_cursor=next_cursor)
 
 
 @router.head("/{dataset}/shards/{name}", include_in_schema=False, openapi_extra=needs("read"))
