@@ -111,7 +111,9 @@ def test_max_images_becomes_steps(api):
         {"probe_every": 5, "probe_datasets": ["no_such_set"]},
         {"probe_every": 5, "probe_datasets": ["digits", "digits"]}, {"temperature": 1e999},
         {"max_steps": 10**9}, {"max_uses_per_image": 2**63}, {"min_fill_groups": 10**400},
-        {"max_steps": None, "max_images": 2**53},
+        {"max_steps": None, "max_images": 2**53}, {"ema_decay": 1}, {"ema_final_decay": 0.99},
+        {"text": {"width": 100, "heads": 3}}, {"synclr": {"crops": 3}}, {"precision": "fp16"},
+        {"micro_batch_images": 0}, {"knn_every": 5, "knn_held_out": 1.0}, {"non_finite": "hope"},
     ],
 )  # fmt: skip
 def test_a_bad_run_is_refused_and_leaves_nothing(api, place, change):

@@ -163,6 +163,9 @@ class RunRequest(Request):
             raise ValueError("probe_every and probe_datasets belong together")
         if len(set(self.probe_datasets)) < len(self.probe_datasets):
             raise ValueError("probe_datasets names a set twice")
+        has_average = self.ema_decay is not None or self.objective == "synclr"
+        if self.ema_final_decay is not None and not has_average:
+            raise ValueError("ema_final_decay needs an ema_decay to begin with")
         return self
 
     @property
