@@ -39,6 +39,23 @@ OTHERS = {
         "Folder of labelled sets where SYNTHREP_TRAINER_PROBE_DATA is unset.",
     ),
 }
+COMPOSE = {
+    "COMPOSE_PROFILES": ("", "Profiles that are on: gpu, s3, observe; commas between."),
+    "SYNTHREP_CPU_REPLICAS": ("1", "Workers and trainers on the CPU; 0 with the profile gpu."),
+    "SYNTHREP_MODEL": ("sd15", "What the profile gpu pulls, see `synthrep models ls`."),
+    "HF_TOKEN": ("", "Token of the model hub, for gated models."),
+    "SYNTHREP_ROOT": ("", "`s3://synthrep/data` with the profile s3; none: a volume."),
+    "SYNTHREP_S3_URL": ("http://s3:8333", "Address of the object store."),
+    "SYNTHREP_STORE_INTERNAL": ("true", "`false` where the object store is elsewhere."),
+    "AWS_REGION": ("us-east-1", "Region of the object store."),
+    "SYNTHREP_LIMIT_WORKER_CPUS": ("2", "CPUs of a worker on the CPU, at most."),
+    "SYNTHREP_LIMIT_WORKER_MEMORY": ("4G", "Memory of a worker on the CPU, at most."),
+    "SYNTHREP_LIMIT_TRAINER_CPUS": ("2", "CPUs of the trainer on the CPU, at most."),
+    "SYNTHREP_LIMIT_TRAINER_MEMORY": ("6G", "Memory of the trainer on the CPU, at most."),
+    "SYNTHREP_PROMETHEUS_PORT": ("9090", "Port of Prometheus on this machine."),
+    "SYNTHREP_GRAFANA_PORT": ("3000", "Port of Grafana on this machine."),
+}
+_INTERPOLATED = r"\$\{([A-Z0-9_]+)(?::-([^}]*))?\}"
 _FIELDS: dict[str, type[BaseModel]] = {"models": ModelConfig, "api_keys": ApiKey}
 FOR_TESTS = {"SYNTHREP_FAILPOINT", "SYNTHREP_FAILPOINT_MARKER"}
 _READ = r'environ(?:\.get\(|\[)\s*"(SYNTHREP_[A-Z_]+)"'
@@ -63,6 +80,9 @@ def render() -> str:
             lines.append(f"#{settings.model_config['env_prefix']}{name.upper()}={value}")
     lines += ["", "# Client, command and what several services read."]
     for name, (default, meaning) in OTHERS.items():
+        lines += ["", *_comment(meaning), f"#{name}={default}"]
+    lines += ["", "# What docker-compose.yml itself reads; the ports of the APIs above, too."]
+    for name, (default, meaning) in COMPOSE.items():
         lines += ["", *_comment(meaning), f"#{name}={default}"]
     return "\n".join(lines) + "\n"
 
@@ -128,7 +148,7 @@ def test_no_setting_is_missing_and_none_is_stale():
         for settings in SERVICES.values()
         for name in settings.model_fields
     }
-    assert documented().keys() - names - OTHERS.keys() == set(), "stale"
+    assert documented().keys() - names - OTHERS.keys() - COMPOSE.keys() == set(), "stale"
     assert (names | OTHERS.keys()) - documented().keys() == set(), "missing"
 
 
@@ -141,6 +161,17 @@ def test_every_other_variable_that_the_source_reads_is_documented():
     }
     assert read - FOR_TESTS - documented().keys() == set(), "missing"
     assert OTHERS.keys() - read == set(), "stale"
+
+
+def test_what_the_compose_file_reads_is_documented_with_its_default():
+    text = (REPOSITORY / "docker-compose.yml").read_text()
+    read = dict(re.findall(_INTERPOLATED, text))
+    assert read.keys() | {"COMPOSE_PROFILES"} == COMPOSE.keys() | {
+        "SYNTHREP_GENERATOR_PORT", "SYNTHREP_TRAINER_PORT",
+    }  # fmt: skip
+    for name, (default, _) in COMPOSE.items():
+        if default:
+            assert read[name] == default, name
 
 
 @pytest.mark.parametrize("settings", SERVICES.values())
