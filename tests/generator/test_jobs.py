@@ -298,6 +298,20 @@ def test_a_pass_that_was_made_before_the_stop_is_sealed(stack: Any, bench: Bench
     check_shard(stack, stack.records()[0], header, PROMPTS)
 
 
+def test_a_pass_that_is_on_the_device_at_the_stop_is_sealed(stack: Any, bench: Bench) -> None:
+    class StopsBetweenPasses(Watch):
+        def begin(self, places: Sequence[Place]) -> None:
+            super().begin(places)
+            if len(self.begun) == 2:
+                raise JobStoppedError(discard=False)
+
+    stack.accept(PROMPTS, images=2)
+    late = Late(store_px=STORE_PX, batch_images=4)
+    stopped = replace(bench, synthesizer=late, watch=StopsBetweenPasses())
+    assert run(stack, stopped, chunk()).committed == 2
+    assert late.events == ["given 0", "taken 0"]
+
+
 def test_a_discarded_job_commits_nothing(stack: Any, bench: Bench) -> None:
     stack.accept(PROMPTS)
     assert run(stack, replace(bench, watch=Watch(9, discard=True)), chunk()) == JobResult()

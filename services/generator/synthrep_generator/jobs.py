@@ -169,9 +169,9 @@ class _Run:
     def _pass(self, shots: Sequence[Shot]) -> list[Shot]:
         """Give the device a pass, and take the one before; returns the shots that were refused."""
         bench = self._bench
-        bench.watch.begin(list(dict.fromkeys(shot.group.place for shot in shots)))
         tasks = [ImageTask(shot.group.prompt, shot.seed) for shot in shots]
         try:
+            bench.watch.begin(list(dict.fromkeys(shot.group.place for shot in shots)))
             pending = bench.synthesizer.start(tasks, self._recipe, bench.watch.step)
         finally:  # also where the job is stopped: those images are made
             refused = self._take()
