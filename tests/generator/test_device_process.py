@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from synthrep_generator.device_process import is_device_fault, private_bytes
+from synthrep_generator import device_process
+from synthrep_generator.chunks import Place, chunk_from_places
+from synthrep_generator.device_process import DeviceProcess, is_device_fault, private_bytes
+from synthrep_generator.pipe import Channel, Finished, Message
 
 
 class AcceleratorError(RuntimeError):
@@ -41,3 +48,31 @@ def test_memory_that_is_taken_is_counted() -> None:
     taken = b"\x01" * (32 << 20)
     assert private_bytes() - before > 30 << 20
     del taken
+
+
+def test_memory_that_each_load_of_a_model_costs_adds_up(
+    generator_stack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"path": "absent", "generate_px": 16, "store_px": 16, "device_batch_images": 4}
+    stack = generator_stack(models={"one": model, "two": model})
+    taken: list[bytes] = []
+    make = device_process.make_synthesizer
+
+    def make_and_leak(*arguments: Any) -> Any:
+        taken.append(b"\x01" * (32 << 20))
+        return make(*arguments)
+
+    monkeypatch.setattr(device_process, "make_synthesizer", make_and_leak)
+    ours, theirs = socket.socketpair()
+    sent: list[Message] = []
+    channel = Channel(ours)
+    monkeypatch.setattr(channel, "send", sent.append)
+    process = DeviceProcess(stack.settings, channel)
+    for number, alias in enumerate(["one", "two", "one", "two"]):
+        stack.accept(["a"], batch=f"b{number}", images=1, model=alias)
+        process._run(chunk_from_places("birds", [Place(f"b{number}", 0)]))
+    theirs.close()
+    channel.close()
+    grown = [message.grown_bytes for message in sent if isinstance(message, Finished)]
+    assert grown[0] < 30 << 20
+    assert grown[-1] > 60 << 20

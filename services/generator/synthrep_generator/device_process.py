@@ -102,6 +102,7 @@ class DeviceProcess:
         self._inbox: queue.SimpleQueue[LoadModel | RunChunk] = queue.SimpleQueue()
         self._alias = ""
         self._bytes_at_first = private_bytes()
+        self._first_bytes: dict[str, int] = {}
         self._synthesizer: Synthesizer | None = None
         self._safety_files: SafetyFiles | None = None
         self._safety: SafetyJudge | None = None
@@ -204,7 +205,8 @@ class DeviceProcess:
             synthesizer = make_synthesizer(self._settings, alias, model)
             warm_up(synthesizer, model)
             self._alias, self._synthesizer = alias, synthesizer
-            self._bytes_at_first = private_bytes()
+            # That of the first time, lest what each change of models costs is forgotten.
+            self._bytes_at_first = self._first_bytes.setdefault(alias, private_bytes())
             logger.info("model loaded", extra={"model": alias, "device": synthesizer.device})
         self._channel.send(Ready(chunk_id=about, device=self._synthesizer.device))
         return self._synthesizer
