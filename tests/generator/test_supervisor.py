@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from synthrep_generator.chunks import Chunk, Place, chunk_from_places
 from synthrep_generator.pipe import Finished, Raised
+from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Crashed, Stopped, Supervisor, Wish
 
 Start = Callable[..., tuple[Supervisor, Any]]
@@ -52,6 +54,11 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_worker_without_a_model_does_not_start() -> None:
+    with pytest.raises(ValidationError, match="models"):
+        GeneratorSettings(models={})
 
 
 def test_one_process_runs_many_chunks(start: Start) -> None:

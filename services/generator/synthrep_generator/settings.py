@@ -116,9 +116,10 @@ class GeneratorSettings(ServiceSettings):
     """Name of the one RQ queue."""
     model_cache: Path = Path("~/.cache/synthrep/models")
     """Folder that `synthrep models pull` fills: one folder for each alias of the catalogue."""
-    models: dict[str, ModelConfig] = Field(default_factory=_tiny)
+    models: dict[str, ModelConfig] = Field(default_factory=_tiny, min_length=1)
     """Aliases that clients may name, as JSON, beside those of the catalogue that were pulled; an
-    alias of the catalogue has the catalogue's values where none are given."""
+    alias of the catalogue has the catalogue's values where none are given. Workers load the first
+    one when they start."""
     batch_sizes: Path = Path("~/.cache/synthrep/batch-sizes.json")
     """File in which workers remember the best device batch of each model and kind of device."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
