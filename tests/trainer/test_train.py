@@ -175,6 +175,18 @@ def test_training_begins_before_the_last_shard(shard_maker, settings, submit):
     assert lines[-1]["generated_per_trained"] == pytest.approx(60 / (20 * 8))
 
 
+@pytest.mark.parametrize("objective", ["stablerep", "stablerep+", "simclr", "clip", "synclr"])
+def test_training_lowers_the_loss(shard_maker, settings, submit, objective):
+    for _ in range(3):
+        shard_maker.commit(8)
+    run = submit(
+        objective=objective, max_steps=30, captions_per_batch=12, checkpoint_every=30, lr=5e-4
+    )
+    assert train.run(run, settings, never)
+    curve = [loss for loss, _, _ in losses(run)]
+    assert sum(curve[-5:]) / 5 < sum(curve[:5]) / 5 - 0.1
+
+
 def test_held_out_captions_are_looked_at_and_never_trained_on(shard_maker, settings, submit):
     for _ in range(4):
         shard_maker.commit(10)

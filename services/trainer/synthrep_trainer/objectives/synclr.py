@@ -6,7 +6,8 @@ The student's embedding (projector, predictor) of a view is drawn to the average
 embeddings (projector) of the other images of its caption; its own image is left out for global
 views and stays for crops, as published. Half of the images have half of their patches hidden from
 the student, who has to name the teacher's assignment of them to prototypes. The teacher sees whole
-global views only. Sizes are those of the paper divided for a CPU unless configured.
+global views only. Sizes are those of the paper divided for a CPU unless configured: with 65,536
+prototypes the logits of all masked patches of a large batch need many devices.
 """
 
 from __future__ import annotations
