@@ -64,7 +64,7 @@ class LogReader:
     """
 
     def __init__(self, path: Location, *, seq: int = 0, offset: int = 0) -> None:
-        self._path = path
+        self.path = path
         self._medium = open_medium(path)
         self._offset = offset
         self.seq = seq
@@ -119,11 +119,11 @@ class LogReader:
         try:
             record = CommitRecord.model_validate_json(line)
         except ValidationError as error:
-            raise CommitLogError(f"{self._path}: malformed line after seq {seq - 1}") from error
+            raise CommitLogError(f"{self.path}: malformed line after seq {seq - 1}") from error
         if record.version != VERSION:
-            raise CommitLogError(f"{self._path}: version {record.version} is not {VERSION}")
+            raise CommitLogError(f"{self.path}: version {record.version} is not {VERSION}")
         if record.seq != seq:
-            raise CommitLogError(f"{self._path}: expected seq {seq}, got {record.seq}")
+            raise CommitLogError(f"{self.path}: expected seq {seq}, got {record.seq}")
         return record
 
 

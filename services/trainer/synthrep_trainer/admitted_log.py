@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 from synthrep_shared.commit_log import CommitRecord, LogReader
 from synthrep_shared.errors import CommitLogError
-from synthrep_shared.storage import DatasetPaths
 from synthrep_trainer.admissions import Admission, AdmissionJournal
 from synthrep_trainer.errors import LogChangedError
 from synthrep_trainer.group_index import GroupIndex
@@ -29,7 +28,7 @@ class AdmittedLog:
 
     def __init__(
         self,
-        paths: DatasetPaths,
+        reader: LogReader,
         journal: AdmissionJournal,
         store: ShardStore,
         plan: SamplingPlan,
@@ -38,9 +37,9 @@ class AdmittedLog:
     ) -> None:
         self.index = GroupIndex(held_out=plan.held_out)
         self.images_committed = 0
-        self._path, self._journal, self._store, self._plan = paths.log, journal, store, plan
+        self._journal, self._store, self._plan = journal, store, plan
         self._verify_s = verify_s
-        self._reader = LogReader(paths.log)
+        self._reader = reader
         self._next_poll = 0.0
         self._unseen: deque[CommitRecord] = deque()  # read from the file
         self._scouted: deque[CommitRecord] = deque()  # and verified, on rank 0
@@ -71,8 +70,8 @@ class AdmittedLog:
                 self.index.reject(record)
         if self._digest.hexdigest() != admission.log:
             raise LogChangedError(
-                f"{self._path} is not the log that window {admission.window} of this run was drawn "
-                "from; a run can only go on with the dataset that it began with"
+                f"{self._reader.path} is not the log that window {admission.window} of this run "
+                "was drawn from; a run can only go on with the dataset that it began with"
             )
 
     def decide(self, window: int, *, step: int, missing: int, taken: set[int]) -> bool:
@@ -126,8 +125,8 @@ class AdmittedLog:
         while not self._unseen:
             if time.monotonic() > deadline:
                 raise CommitLogError(
-                    f"{self._path} ends at {self._reader.seq}, but window {admission.window} of "
-                    f"this run was drawn from {admission.seq} records"
+                    f"{self._reader.path} ends at {self._reader.seq}, but window "
+                    f"{admission.window} of this run was drawn from {admission.seq} records"
                 )
             time.sleep(0.1)
             self._poll()

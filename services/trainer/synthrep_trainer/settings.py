@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr, StringConstraints
 from pydantic_settings import SettingsConfigDict
 
 from synthrep_shared.settings import ServiceSettings
+
+Origin = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.:\[\]-]{1,255}$")]
+"""`scheme://host:port`."""
 
 
 def _shared_probe_data() -> Path | None:
@@ -44,6 +47,13 @@ class TrainerSettings(ServiceSettings):
     """Pause between two looks at the commit log while waiting for it to grow."""
     verify_s: float = Field(default=10.0, gt=0)
     """Time spent on verifying new shards before a window opens that could open already."""
+    allowed_sources: tuple[Origin, ...] = ()
+    """Generators that a run's `source_url` may lead to, a JSON list of `https://host:port`; the
+    network is asked nowhere else."""
+    source_keys: dict[Origin, SecretStr] = Field(default={})
+    """The key for each of them that wants one, a JSON object by address, at best from a file."""
+    source_poll_s: float = Field(default=5.0, gt=0, le=600)
+    """Longest pause between two looks at a generator's log; an event of it shortens the pause."""
     layout: Literal["replicate", "shard"] = "replicate"
     """Whether each process of a run holds the whole encoder (DDP), or a part of it (FSDP2)."""
     compile: bool = False

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from synthrep_shared.commit_log import CommitRecord
 from synthrep_shared.errors import StorageError
-from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies
-from synthrep_shared.storage import DatasetPaths, publish_bytes
+from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies, ShardPlace
+from synthrep_shared.storage import publish_bytes
 from synthrep_trainer.errors import BadShardError
 from synthrep_trainer.group_index import ShardRef
 from synthrep_trainer.shard_files import (
@@ -37,10 +37,10 @@ class ShardStore:
     """Reads the shards of one dataset for one run; `verify` and `read` may run in any thread."""
 
     def __init__(
-        self, paths: DatasetPaths, run_folder: Path, *, copy_bytes: int = COPY_BYTES
+        self, place: ShardPlace, run_folder: Path, *, copy_bytes: int = COPY_BYTES
     ) -> None:
-        """`copy_bytes` is the room for local copies of shards that are in an object store."""
-        self._copies = ShardCopies(paths, max_bytes=copy_bytes)
+        """`copy_bytes` is the room for local copies of shards that are on no local disk."""
+        self._copies = ShardCopies(place, max_bytes=copy_bytes)
         self._quarantine = run_folder / "quarantine"
         self._quarantine.mkdir(parents=True, exist_ok=True)
         self._bad = {int(path.stem) for path in self._quarantine.glob("[0-9]*.json")}

@@ -24,16 +24,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
-from synthrep_shared.shard_copies import COPY_BYTES
-from synthrep_shared.storage import DatasetPaths
+from synthrep_shared.commit_log import LogReader
+from synthrep_shared.shard_copies import COPY_BYTES, ShardPlace
+from synthrep_shared.storage import Location
 from synthrep_trainer.admissions import AdmissionJournal
 from synthrep_trainer.admitted_log import AdmittedLog
 from synthrep_trainer.errors import LogChangedError
 from synthrep_trainer.group_index import ShardRef
 from synthrep_trainer.order import Integers, SamplingPlan, draw_images, window_order
 from synthrep_trainer.shard_store import ShardStore
+
+
+class LoggedPlace(ShardPlace, Protocol):
+    """A data set's shards and its commit log; `DatasetPaths` is one."""
+
+    @property
+    def log(self) -> Location: ...
 
 
 class Draw(NamedTuple):
@@ -81,7 +89,7 @@ class ShardStream:
 
     def __init__(
         self,
-        paths: DatasetPaths,
+        place: LoggedPlace,
         run_folder: Path,
         plan: SamplingPlan,
         *,
@@ -92,8 +100,9 @@ class ShardStream:
         poll_s: float = 0.05,
         verify_s: float = 10.0,
         copy_bytes: int = COPY_BYTES,
+        reader: LogReader | None = None,
     ) -> None:
-        """Goes on after `step` batches, at `cursor`.
+        """Goes on after `step` batches, at `cursor`; `reader` reads the log of `place`.
 
         All ranks are to be made before any of them draws. Raises ValueError if the captions cannot
         be shared evenly, RunError if the run's journal or the log does not fit the cursor.
@@ -105,8 +114,9 @@ class ShardStream:
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._poll_s = poll_s
         self._journal = AdmissionJournal(run_folder / "admissions.jsonl", is_writer=rank == 0)
-        self.store = ShardStore(paths, run_folder, copy_bytes=copy_bytes)
-        self._log = AdmittedLog(paths, self._journal, self.store, plan, verify_s=verify_s)
+        self.store = ShardStore(place, run_folder, copy_bytes=copy_bytes)
+        reader = reader or LogReader(place.log)
+        self._log = AdmittedLog(reader, self._journal, self.store, plan, verify_s=verify_s)
         self._step = step
         self._cursor = cursor or Cursor()
         for window in range(self._cursor.window + 1):

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from synthrep_shared.logs import configure_logging
-from synthrep_shared.storage import DatasetPaths
 from synthrep_trainer import distributed, recipe
 from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
@@ -32,10 +31,11 @@ from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, T
 from synthrep_trainer.learner import Learner
 from synthrep_trainer.loop import Plan, train
 from synthrep_trainer.recorder import RunRecorder
-from synthrep_trainer.records import Failure
+from synthrep_trainer.records import Failure, RunRecord
 from synthrep_trainer.runs import RunFolder, locked
 from synthrep_trainer.settings import TrainerSettings
 from synthrep_trainer.shard_stream import Cursor, ShardStream
+from synthrep_trainer.sources import open_dataset
 
 _log = logging.getLogger(__name__)
 _PERMANENT = (RunError, TrainingStoppedError, ValueError)
@@ -56,34 +56,54 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     if checkpoint is not None:
         learner.load(checkpoint.parts)
         step, cursor = checkpoint.step, Cursor.from_json(checkpoint.state["cursor"])
-    stream = ShardStream(
-        DatasetPaths(settings.root, record.request.dataset_name),
+    place = open_dataset(
+        record.request,
         folder.path,
-        recipe.sampling_plan(record),
-        step=step,
-        cursor=cursor,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        poll_s=settings.poll_s,
-        verify_s=settings.verify_s,
-        copy_bytes=settings.copy_bytes,
+        settings,
+        is_writer=distributed.rank() == 0,
+        should_stop=should_stop,
     )
-    distributed.barrier()  # see ShardStream: all are made before any of them draws
-    recorder = RunRecorder(folder, settings, learner, stream, step=step)
-    loader = BatchLoader(
+    with place as (dataset, reader):
+        stream = ShardStream(
+            dataset,
+            folder.path,
+            recipe.sampling_plan(record),
+            step=step,
+            cursor=cursor,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            poll_s=settings.poll_s,
+            verify_s=settings.verify_s,
+            copy_bytes=settings.copy_bytes,
+            reader=reader,
+        )
+        distributed.barrier()  # see ShardStream: all are made before any of them draws
+        recorder = RunRecorder(folder, settings, learner, stream, step=step)
+        loader = _loader(record, settings, stream, learner, pin=device.type == "cuda")
+        rates_at = partial(recipe.rates, record)
+        plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, rates_at)
+        _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
+        with recorder, loader:
+            return train(learner, loader, recorder, plan, should_stop=should_stop)
+
+
+def _loader(
+    record: RunRecord,
+    settings: TrainerSettings,
+    stream: ShardStream,
+    learner: Learner,
+    *,
+    pin: bool,
+) -> BatchLoader:
+    return BatchLoader(
         stream,
         recipe.view_plan(record, patch_size_px=learner.best_encoder.patch_size_px),
         last_step=record.max_steps,
         threads=settings.loader_threads,
         prefetch=settings.prefetch_batches,
-        pin=device.type == "cuda",
+        pin=pin,
         held_out=recipe.held_out_plan(record),
     )
-    rates_at = partial(recipe.rates, record)
-    plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, rates_at)
-    _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
-    with recorder, loader:
-        return train(learner, loader, recorder, plan, should_stop=should_stop)
 
 
 def main() -> None:
