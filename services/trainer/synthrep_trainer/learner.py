@@ -220,15 +220,12 @@ class Learner:
             return self._objective.targets(self._average.module["heads"], features, step=step)
 
     def _inputs(self, batch: Batch, step: int) -> tuple[Inputs, Tensor]:
-        on_device = [
-            None if rows is None else rows.to(self._device, non_blocking=True)
-            for rows in (batch.images, batch.tokens, batch.crops, batch.caption_ids)
-        ]
-        images, tokens, crops, caption_ids = on_device
-        assert images is not None
-        assert caption_ids is not None
-        inputs = Inputs(images, tokens, crops)
-        return self._objective.complete(inputs, seed=seed_of(self.config.seed, step)), caption_ids
+        batch = Batch._make(
+            None if rows is None else rows.to(self._device, non_blocking=True) for rows in batch
+        )
+        inputs = Inputs(batch.images, batch.tokens, batch.crops)
+        seed = seed_of(self.config.seed, step)
+        return self._objective.complete(inputs, seed=seed), batch.caption_ids
 
     def _captions_per_piece(self, captions: int) -> int:
         limit = self.config.micro_batch_images
