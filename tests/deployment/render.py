@@ -102,5 +102,6 @@ def environment(template: Document, documents: Sequence[Document]) -> dict[str, 
         if "configMapRef" in source:
             found |= maps.get(source["configMapRef"]["name"], {})
     for entry in container.get("env", ()):
-        found[entry["name"]] = entry.get("value", "")
+        from_limit = "resourceFieldRef" in entry.get("valueFrom", {})
+        found[entry["name"]] = "1" if from_limit else entry.get("value", "")
     return found

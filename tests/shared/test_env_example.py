@@ -48,9 +48,15 @@ COMPOSE = {
     "SYNTHREP_S3_URL": ("http://s3:8333", "Address of the object store."),
     "SYNTHREP_STORE_INTERNAL": ("true", "`false` where the object store is elsewhere."),
     "AWS_REGION": ("us-east-1", "Region of the object store."),
-    "SYNTHREP_LIMIT_WORKER_CPUS": ("2", "CPUs of a worker on the CPU, at most."),
+    "SYNTHREP_LIMIT_WORKER_CPUS": (
+        "2",
+        "CPUs of a worker on the CPU, at most; a whole number, which torch takes, too.",
+    ),
     "SYNTHREP_LIMIT_WORKER_MEMORY": ("4G", "Memory of a worker on the CPU, at most."),
-    "SYNTHREP_LIMIT_TRAINER_CPUS": ("2", "CPUs of the trainer on the CPU, at most."),
+    "SYNTHREP_LIMIT_TRAINER_CPUS": (
+        "2",
+        "CPUs of the trainer on the CPU, at most; a whole number, which torch takes, too.",
+    ),
     "SYNTHREP_LIMIT_TRAINER_MEMORY": ("6G", "Memory of the trainer on the CPU, at most."),
     "SYNTHREP_PROMETHEUS_PORT": ("9090", "Port of Prometheus on this machine."),
     "SYNTHREP_GRAFANA_PORT": ("3000", "Port of Grafana on this machine."),
