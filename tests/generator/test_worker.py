@@ -19,7 +19,7 @@ import redis
 from PIL import Image
 
 from synthrep_generator.chunks import Place, chunk_from_places
-from synthrep_generator.intake import IntakeReader, list_batches
+from synthrep_generator.intake import IntakeReader, list_batches, set_paused
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.synthesis import ImageTask, paint
 from synthrep_generator.verify import verify_dataset
@@ -93,6 +93,23 @@ def test_two_fresh_stacks_give_equal_shards(make: Make) -> None:
         stack.stop()
     assert digests[0] == digests[1]
     assert len(digests[0]) > 1
+
+
+def test_what_waits_in_the_queue_waits_on_when_its_batch_is_paused(make: Make) -> None:
+    stack = make(jobs_ahead=5)
+    for batch, text in (("b0", "a"), ("b1", "b")):
+        stack.accept([text] * 4, batch=batch)
+    queue = WorkQueue(stack.settings)
+    for batch in ("b0", "b1"):
+        queue.feed(chunk_from_places("birds", [Place(batch, i) for i in range(4)]))
+    set_paused(stack.paths, "b0", True)
+    stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 4 and not queue.in_flight().chunks)
+    assert {batch for batch, _ in stack.decided()} == {"b1"}
+    set_paused(stack.paths, "b0", False)
+    stack.start("reconciler")
+    stack.wait_for(lambda: len(stack.decided()) == 8)
+    verify(stack)
 
 
 def test_killed_workers_lose_nothing_and_do_nothing_twice(make: Make) -> None:

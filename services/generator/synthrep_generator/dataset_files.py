@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from synthrep_generator.intake import IntakeReader
+from contextlib import suppress
+
+from synthrep_generator.chunks import Chunk
+from synthrep_generator.intake import IntakeReader, list_paused
 from synthrep_shared.commit_log import CommitLog
 from synthrep_shared.errors import StorageError
 from synthrep_shared.storage import DatasetPaths, Location
@@ -43,3 +46,11 @@ class OpenDatasets:
             paths.make_folders()
             self._open[dataset] = DatasetFiles(paths)
         return self._open[dataset]
+
+
+def is_held_back(root: Location, chunk: Chunk) -> bool:
+    """Whether a batch of the chunk is paused; no, where the storage does not answer."""
+    with suppress(OSError):
+        paused = list_paused(DatasetPaths(root, chunk.dataset))
+        return any(part.batch in paused for part in chunk.parts)
+    return False

@@ -26,7 +26,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker
 
 from synthrep_generator.chunks import Chunk
-from synthrep_generator.dataset_files import OpenDatasets
+from synthrep_generator.dataset_files import OpenDatasets, is_held_back
 from synthrep_generator.errors import LeaseLostError, QueueServerError
 from synthrep_generator.failure_writer import Failure, record_failures
 from synthrep_generator.leases import Lease
@@ -97,11 +97,9 @@ class ChunkWorker(Worker):
                 raise
             except Exception as error:
                 expected = isinstance(error, RedisError)
+                level = logging.WARNING if expected else logging.ERROR
                 logger.log(
-                    logging.WARNING if expected else logging.ERROR,
-                    "worker waits",
-                    extra={"error": str(error)},
-                    exc_info=not expected,
+                    level, "worker waits", extra={"error": str(error)}, exc_info=not expected
                 )
                 is_checked = False
                 self._pause(_WAIT_S)
@@ -193,7 +191,10 @@ class ChunkWorker(Worker):
         return None if self._stop_asked_at is None else Wish.SEAL
 
     def _is_settled(self, chunk: Chunk, lease: Lease, strikes: int) -> bool:
-        """Deal with a chunk whose earlier runs took whole workers down; whether that was all."""
+        """Deal with a chunk that is not to run, or whose runs killed workers; was that all."""
+        if is_held_back(self._settings.root, chunk):
+            lease.give_back()
+            return True
         if chunk.num_prompts > 1 and strikes >= _MAX_LOST_RUNS:
             lease.replace(chunk.isolate(frozenset(chunk.places())))
             return True
@@ -213,10 +214,8 @@ class ChunkWorker(Worker):
         elif isinstance(outcome, Finished) and not outcome.stopped:
             self._backoff_s = 0.0
             self._images_per_s = outcome.images / seconds or self._images_per_s
-            logger.info(
-                "chunk done",
-                extra=facts | outcome.model_dump(exclude={"kind", "chunk_id", "stopped"}),
-            )
+            facts |= outcome.model_dump(exclude={"kind", "chunk_id", "stopped"})
+            logger.info("chunk done", extra=facts)
             lease.acknowledge()
         else:
             logger.info("chunk given back", extra=facts | {"outcome": repr(outcome)})
