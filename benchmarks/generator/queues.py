@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.harness import Dose, Measured, case, in_process, interleave
 from benchmarks.services import Services
 from benchmarks.uploads import body, captions, upload
 from synthrep_generator.queues import WorkQueue
+from synthrep_shared.commit_log import CommitLog
 from synthrep_shared.storage import DatasetPaths
 
 _PEER_JOBS = 150
@@ -51,27 +53,31 @@ def overhead_per_prompt(dose: Dose) -> Measured:
     return replace(found, reason=reason)
 
 
-@case("enqueue, 1 image a prompt", unit="prompts/s", peer="rq enqueue_many (500)", min_ratio=20.0)
+@case("enqueue", unit="prompts/s", peer="rq enqueue_many (500)", min_ratio=20.0)
 def enqueue(dose: Dose) -> Measured:
-    """From the first byte of a streamed upload until every chunk waits in the queue."""
-    return _enqueue(dose, images_per_prompt=1)
+    """From prompts in memory to the queue: ours by way of a durable intake file and the reconciler.
+
+    One image a prompt, so that a job holds 160 prompts; the peer has one job a prompt.
+    """
+    return _compare_enqueuing(dose, _prompts_per_s, api=False)
 
 
-@case("enqueue, 10 images a prompt", unit="prompts/s", peer="rq enqueue_many (500)")
-def enqueue_groups(dose: Dose) -> Measured:
-    """The same where a job holds a tenth of the prompts."""
-    return _enqueue(dose, images_per_prompt=10)
+@case("upload and enqueue", unit="prompts/s", peer="rq enqueue_many (500)")
+def upload_and_enqueue(dose: Dose) -> Measured:
+    """From the first byte of a request: ours also parses and checks every line."""
+    return _compare_enqueuing(dose, _uploaded_prompts_per_s, api=True)
 
 
-def _enqueue(dose: Dose, *, images_per_prompt: int) -> Measured:
-    prompts = dose.size(120_000, 16_000) // images_per_prompt
-    jobs = dose.size(_PEER_ENQUEUED, 1000)
+def _compare_enqueuing(
+    dose: Dose, measure: Callable[[Services, int], float], *, api: bool
+) -> Measured:
+    prompts, jobs = dose.size(120_000, 16_000), dose.size(_PEER_ENQUEUED, 1000)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Services(Path(folder), workers=0, jobs_ahead=1000) as services,
+        Services(Path(folder), workers=0, api=api, jobs_ahead=1000) as services,
     ):
         return interleave(
-            partial(_prompts_per_s, services, prompts, images_per_prompt),
+            partial(measure, services, prompts),
             lambda: in_process(
                 rq_peer.jobs_enqueued_per_s, port=services.redis_port, jobs=jobs, at_once=_AT_ONCE
             ),
@@ -94,22 +100,41 @@ def _ms_per_prompt(services: Services, prompts: int, whole: list[float]) -> floa
     return whole[-1] - 1e3 * in_jobs_s / later_prompts
 
 
-def _prompts_per_s(services: Services, prompts: int, images_per_prompt: int) -> float:
-    queue = WorkQueue(services.settings)
-    chunks = -(-prompts * images_per_prompt // services.settings.job_images)
-    blocks = list(body(prompts))
+def _prompts_per_s(services: Services, num_prompts: int) -> float:
+    queue, prompts = WorkQueue(services.settings), list(captions(num_prompts))
+    paths = DatasetPaths(services.settings.root, "enqueue")
+    settings = plain_settings(services.settings.models["tiny"], images_per_prompt=1)
     started = time.perf_counter()
-    batch = upload(
-        services.url, blocks, prompts=prompts, dataset="enqueue",
-        images_per_prompt=images_per_prompt,
-    )  # fmt: skip
-    while queue.rq.count < chunks:
-        services.check()
-        if time.perf_counter() - started > _LIMIT_S:
-            raise RuntimeError(f"{queue.rq.count} of {chunks} chunks after {_LIMIT_S:.0f} s")
-        time.sleep(0.002)
+    batch = accept_prompts(paths, prompts, settings).id
+    queue.nudge()
+    _wait_for_jobs(services, queue, num_prompts)
+    seconds = time.perf_counter() - started
+    CommitLog(paths.log).append("cancel", name=lambda _: batch)
+    _empty(queue)
+    return num_prompts / seconds
+
+
+def _uploaded_prompts_per_s(services: Services, num_prompts: int) -> float:
+    queue, blocks = WorkQueue(services.settings), list(body(num_prompts))
+    started = time.perf_counter()
+    batch = upload(services.url, blocks, prompts=num_prompts, dataset="upload", images_per_prompt=1)
+    _wait_for_jobs(services, queue, num_prompts)
     seconds = time.perf_counter() - started
     services.cancel(batch)
+    _empty(queue)
+    return num_prompts / seconds
+
+
+def _wait_for_jobs(services: Services, queue: WorkQueue, num_prompts: int) -> None:
+    jobs = -(-num_prompts // services.settings.job_images)
+    deadline = time.monotonic() + _LIMIT_S
+    while queue.rq.count < jobs:
+        services.check()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{queue.rq.count} of {jobs} chunks after {_LIMIT_S:.0f} s")
+        time.sleep(0.002)
+
+
+def _empty(queue: WorkQueue) -> None:
     queue.redis.delete(queue.register_key)
     queue.rq.delete(delete_jobs=True)
-    return prompts / seconds

@@ -24,7 +24,7 @@ from benchmarks.harness import (
     wall_s,
 )
 from synthrep_generator.shard_writer import Member, ShardWriter, publish_shard
-from synthrep_shared.storage import sync_folder
+from synthrep_shared.storage import sha256_file, sync_folder
 
 _GROUPS = 100
 _IMAGES = 10
@@ -44,6 +44,20 @@ def shard_cpu(dose: Dose) -> Measured:
     return interleave(
         partial(mb_per_s_ours, "cpu"),
         lambda: in_process(mb_per_s_webdataset, python=PEER_PYTHON, clock="cpu"),
+        rounds=dose.rounds(5),
+    )
+
+
+@case(
+    "shard writing with fsync and sha256, processor time",
+    unit="MB/s of a core",
+    peer="webdataset.ShardWriter, fsync and sha256",
+)
+def shard_cpu_hashed(dose: Dose) -> Measured:
+    """The same work on both sides but for the name: a reader needs the digest."""
+    return interleave(
+        partial(mb_per_s_ours, "cpu"),
+        lambda: in_process(mb_per_s_webdataset, python=PEER_PYTHON, clock="cpu", is_hashed=True),
         rounds=dose.rounds(5),
     )
 
@@ -71,7 +85,7 @@ def mb_per_s_ours(clock: str) -> float:
     return _megabytes(groups) * _REPEATS / _clock(clock)(write)
 
 
-def mb_per_s_webdataset(clock: str) -> float:
+def mb_per_s_webdataset(clock: str, is_hashed: bool = False) -> float:
     """The usual writer, one sample an image, with an fsync of what it closed."""
     from webdataset import ShardWriter as PeerWriter
 
@@ -87,7 +101,10 @@ def mb_per_s_webdataset(clock: str) -> float:
                 with PeerWriter(f"{folder}/{number}-%d.tar", verbose=0) as writer:
                     for sample in samples:
                         writer.write(sample)
-                _sync(Path(folder) / f"{number}-0.tar")
+                path = Path(folder) / f"{number}-0.tar"
+                _sync(path)
+                if is_hashed:
+                    sha256_file(path)
 
     return _megabytes(_groups()) * _REPEATS / _clock(clock)(write)
 
