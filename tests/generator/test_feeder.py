@@ -171,6 +171,13 @@ def test_a_paused_batch_waits_and_a_cancelled_one_is_dropped(paths: DatasetPaths
     assert texts(cut_chunks([both], frozenset(), room=9)) == ["a0+2"]
 
 
+def test_a_troubled_batch_comes_after_others_and_is_not_forgotten(paths: DatasetPaths) -> None:
+    accept(paths, "a", 4)
+    accept(paths, "b", 4)
+    chunks = cut_chunks([feed(paths)], frozenset(), room=9, troubled={"a"})
+    assert texts(chunks) == ["b0+4", "a0+4"]
+
+
 def test_a_malformed_intake_file_is_passed_over(paths: DatasetPaths) -> None:
     accept(paths, "a", 2)
     (paths.intake / "b.jsonl").write_text("{}\n")

@@ -112,6 +112,16 @@ def test_what_waits_in_the_queue_waits_on_when_its_batch_is_paused(make: Make) -
     verify(stack)
 
 
+def test_a_batch_that_cannot_be_run_holds_up_no_other(make: Make) -> None:
+    stack = make()
+    stack.accept(prompts(40), batch="b0", model="absent")
+    stack.accept(prompts(20), batch="b1")
+    stack.start("reconciler")
+    stack.start("worker")
+    stack.wait_for(lambda: len(stack.decided()) == 20, timeout_s=30)
+    assert {batch for batch, _ in stack.decided()} == {"b1"}
+
+
 def test_killed_workers_lose_nothing_and_do_nothing_twice(make: Make) -> None:
     stack = make(fake_delay_s=0.03)
     stack.accept(prompts(30))

@@ -129,8 +129,14 @@ class DatasetFeed:
         return [place for place in chunk.places() if not decided(place.batch, place.index)]
 
 
-def cut_chunks(feeds: Sequence[DatasetFeed], in_flight: Set[Place], *, room: int) -> list[Chunk]:
-    """At most `room` chunks of free prompts, most urgent first.
+def cut_chunks(
+    feeds: Sequence[DatasetFeed],
+    in_flight: Set[Place],
+    *,
+    room: int,
+    troubled: Set[str] = frozenset(),
+) -> list[Chunk]:
+    """At most `room` chunks of free prompts, most urgent first, of `troubled` batches last.
 
     `in_flight` holds the places of every data set; batch ids are unique over all of them.
     """
@@ -140,7 +146,8 @@ def cut_chunks(feeds: Sequence[DatasetFeed], in_flight: Set[Place], *, room: int
     shared: dict[tuple[str, str], list[Place]] = {}
     batches = [(batch, feed) for feed in feeds for batch in feed.batches()]
     paused = {batch for feed in feeds for batch in list_paused(feed.paths)}
-    for batch, feed in sorted(batches, key=lambda pair: pair[0].urgency):
+    batches.sort(key=lambda pair: (pair[0].header.id in troubled, pair[0].urgency))
+    for batch, feed in batches:
         if batch.header.id in paused:
             continue
         for cut in batch.free_blocks(feed.outcomes, in_flight):

@@ -53,8 +53,13 @@ class Lease:
             raise LeaseLostError(f"chunk {self._chunk.id} went to another worker")
         self._redis.hsetnx(self._queue.register_key, self._chunk.id, self._chunk.model_dump_json())
 
-    def give_back(self) -> None:
-        """End the run without a verdict: what is undecided goes back to the pool, no strike."""
+    def give_back(self, *, has_trouble: bool = False) -> None:
+        """End the run without a verdict: what is undecided goes back to the pool, no strike.
+
+        After trouble that is not the prompts' it comes after other work.
+        """
+        if has_trouble:
+            self._queue.note_trouble(self._chunk)
         if self._earlier_strikes:
             self._redis.set(self._strikes_key, self._earlier_strikes, ex=_STRIKES_TTL_S)
         else:

@@ -33,6 +33,7 @@ ALLOWED_FUNCTIONS = frozenset({FUNCTION})
 SOCKET_TIMEOUT_S = 5.0
 _ABANDONED_TTL_S = 3600  # how long RQ remembers the ticket of a worker that was killed
 _FEED_AT_ONCE = 256  # keeps a transaction short
+_TROUBLE_LEASES = 2  # for which a batch whose chunk could not be run comes after others
 _NUDGE_WAIT_S = 2.0  # one blocking call; below the socket's timeout
 
 
@@ -123,6 +124,7 @@ class WorkQueue:
         )
         self._prefix = f"synthrep:{settings.queue}"
         self.register_key = f"{self._prefix}:chunks"
+        self._troubled_key = f"{self._prefix}:troubled"
 
     def lease_key(self, chunk_id: str) -> str:
         """Key that exists while a worker holds the chunk."""
@@ -184,6 +186,18 @@ class WorkQueue:
     def forget(self, chunk_id: str) -> bool:
         """Take a chunk out of the register; True for the one caller that did it."""
         return bool(self.redis.hdel(self.register_key, chunk_id))
+
+    def note_trouble(self, chunk: Chunk) -> None:
+        """Have the batches of a chunk that could not be run come after others for a while."""
+        with self.redis.pipeline() as pipeline:
+            pipeline.sadd(self._troubled_key, *{part.batch for part in chunk.parts})
+            pipeline.pexpire(self._troubled_key, _TROUBLE_LEASES * self.lease_ms)
+            pipeline.execute()
+
+    def troubled(self) -> frozenset[str]:
+        """The batches that `note_trouble` spoke of lately."""
+        members: set[Any] = self.redis.smembers(self._troubled_key)
+        return frozenset(member.decode(errors="replace") for member in members)
 
     def in_flight(self) -> InFlight:
         """The register, read without locks: what looks lost may have ended in between."""

@@ -81,7 +81,8 @@ class Reconciler:
         workers = max(1, len(self._queue.workers()))
         room = max(0, self._settings.jobs_ahead * workers - waiting)
         in_flight = {place for chunk in flight.chunks.values() for place in chunk.places()}
-        fed += self._queue.feed_all(cut_chunks(list(self._feeds.values()), in_flight, room=room))
+        feeds, troubled = list(self._feeds.values()), self._queue.troubled()
+        fed += self._queue.feed_all(cut_chunks(feeds, in_flight, room=room, troubled=troubled))
         if fed:
             logger.info("chunks fed", extra={"chunks": fed, "waiting": waiting})
         return fed

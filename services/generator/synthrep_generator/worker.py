@@ -219,9 +219,10 @@ class ChunkWorker(Worker):
             lease.acknowledge()
         else:
             logger.info("chunk given back", extra=facts | {"outcome": repr(outcome)})
-            if isinstance(outcome, Raised | Crashed):
+            has_trouble = isinstance(outcome, Raised | Crashed)
+            if has_trouble:
                 self._rest()
-            lease.give_back()
+            lease.give_back(has_trouble=has_trouble)
 
     def _punish(self, chunk: Chunk, lease: Lease, strikes: int, crash: Crashed) -> None:
         """Isolate the prompts that were in work, or record the failure of one that was alone."""
