@@ -406,10 +406,10 @@ def test_the_service_ends_with_status_0_on_sigterm(settings):
     assert "Traceback" not in rest
 
 
-def test_a_source_must_be_allowed(client):
+def test_a_source_must_be_allowed(api):
     body = {"source_url": "http://169.254.169.254/v1/datasets/birds", "max_steps": 1}
-    answer = client.post("/v1/runs", json=body)
+    answer = api.post("/v1/runs", json=body)
     assert answer.status_code == 422
     assert "allowed sources" in answer.json()["detail"]
     both = body | {"dataset": "birds"}
-    assert client.post("/v1/runs", json=both).status_code == 422
+    assert api.post("/v1/runs", json=both).status_code == 422

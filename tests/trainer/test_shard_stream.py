@@ -17,7 +17,7 @@ NEVER = lambda: False  # noqa: E731
 AT_ONCE = lambda: True  # noqa: E731
 
 
-def plan(**changes: int) -> SamplingPlan:
+def plan(**changes: float | None) -> SamplingPlan:
     values = {
         "seed": 7, "captions_per_batch": 6, "images_per_caption": 2,
         "min_fill_groups": 6, "max_uses_per_image": 100,
@@ -60,6 +60,7 @@ def test_order_survives_kills_changes_of_world_and_late_shards(shard_maker, tmp_
         images_per_caption=dice.randint(1, 4),
         min_fill_groups=dice.randint(1, 12),
         max_uses_per_image=dice.choice([6, 100]),
+        max_age_groups=dice.choice([None, 15]),
     )
     seen: dict[int, list] = {}
     saved = (0, None)
@@ -312,3 +313,76 @@ def test_held_out_groups_are_those_of_the_last_batch_without_rejected_ones(shard
     after = [g.group for g in stream.held_out(captions=99, images=4)]
     assert after[: len(before) - 1] == before[1:]
     assert len(after) > len(before)
+
+
+def test_only_the_newest_groups_are_drawn_within_the_age_limit(shard_maker, tmp_path):
+    sampling = plan(max_age_groups=10)
+    shard_maker.commit(6)
+    stream = ShardStream(shard_maker.paths, tmp_path, sampling)
+    stream.next_batch(NEVER)
+    shard_maker.commit(7)
+    stream.next_batch(NEVER)  # may begin in the window before
+    later = {g.group for _ in range(10) for g in stream.next_batch(NEVER).groups}
+    assert later == set(range(3, 13))
+    shard_maker.commit(14)
+    for _ in range(4):
+        stream.next_batch(NEVER)
+    later = {g.group for _ in range(10) for g in stream.next_batch(NEVER).groups}
+    assert later == set(range(17, 27))
+    again = ShardStream(shard_maker.paths, tmp_path, sampling)
+    first = [g.group for g in again.next_batch(NEVER).groups]
+    assert sorted(first) == list(range(6))
+
+
+def test_groups_that_age_while_others_come_do_not_count_for_a_window(shard_maker, tmp_path):
+    sampling = plan(max_age_groups=8, max_uses_per_image=2)  # of 3 images: 3 uses
+    shard_maker.commit(6, images=3)
+    stream = ShardStream(shard_maker.paths, tmp_path, sampling)
+    for _ in range(3):
+        stream.next_batch(NEVER)
+    shard_maker.commit(4, images=3)
+    shard_maker.commit(1, images=3)
+    assert stream.next_batch(AT_ONCE) is None  # five are left of six
+    shard_maker.commit(1, images=3)
+    again = ShardStream(shard_maker.paths, tmp_path, sampling, step=3, cursor=Cursor(2, 6))
+    assert {g.group for g in again.next_batch(NEVER).groups} == set(range(6, 12))
+
+
+def test_training_waits_for_its_ratio(shard_maker, tmp_path):
+    shard_maker.commit(6, images=2)
+    sampling = plan(min_generated_per_trained=0.25, views_per_batch=12)
+    stream = ShardStream(shard_maker.paths, tmp_path, sampling, poll_s=0.01)
+    for _ in range(4):
+        assert stream.next_batch(NEVER) is not None
+    threading.Timer(0.2, lambda: shard_maker.commit(2, images=2)).start()
+    seen = []
+    stream.next_batch(lambda: seen.append(stream.pressure.is_waiting))
+    assert stream.images_committed == 16
+    assert seen
+    assert not stream.pressure.is_waiting
+
+
+def test_pressure_counts_the_images_of_groups_that_were_never_drawn(shard_maker, tmp_path):
+    shard_maker.commit(9, images=3)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan())
+    stream.next_batch(NEVER)
+    assert stream.pressure == (3 * 3, False)
+    shard_maker.commit(5, images=2)
+    shard_maker.commit(7, images=2, break_file=lambda data: data[1:])
+    for _ in range(20):
+        stream.next_batch(NEVER)
+    assert stream.pressure == (0, False)
+
+
+def test_every_committed_shard_is_verified_or_in_quarantine(shard_maker, tmp_path):
+    dice = random.Random(3)
+    num_bad = 0
+    for _ in range(30):
+        is_bad = dice.random() < 0.3
+        num_bad += is_bad
+        cut = (lambda data: data[:-512]) if is_bad else (lambda data: data)
+        shard_maker.commit(dice.randint(1, 4), images=1, break_file=cut)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=20))
+    stream.next_batch(NEVER)
+    assert stream.store.num_quarantined == num_bad > 0
+    assert stream.store.num_verified + stream.store.num_quarantined == 30

@@ -47,6 +47,15 @@ class AdmittedLog:
         self._seq = 0
         self._journaled_seq = journal.last_seq
 
+    @property
+    def images_upcoming(self) -> int:
+        """Images that were read from the log and that no window has admitted."""
+        return sum(
+            self.index.num_images_trainable(record)
+            for record in (*self._scouted, *self._unseen)
+            if record.kind == "shard" and not self._store.is_bad(record.seq)
+        )
+
     def eligible(self, window: int) -> Integers:
         """The groups that `window` uses, by their positions in the log."""
         return self.index.eligible(window, self._plan)
@@ -79,16 +88,10 @@ class AdmittedLog:
 
         `taken` are groups that do not count, because the batch in hand has them already.
         """
-        usable = self.index.count_usable(self.eligible(window), taken)
         deadline = time.monotonic() + self._verify_s
         while True:
             more = self.scout(limit_s=deadline - time.monotonic())
-            fresh = sum(
-                self.index.count_trainable(record)
-                for record in self._scouted
-                if record.kind == "shard" and not self._store.is_bad(record.seq)
-            )
-            if usable + fresh >= missing:
+            if self._count_usable(window, taken) >= missing:
                 break
             if not more:
                 return False
@@ -97,6 +100,18 @@ class AdmittedLog:
         seq = self._scouted[-1].seq if self._scouted else self._seq
         self._journal.append(Admission(window=window, seq=seq, step=step, log=digest.hexdigest()))
         return True
+
+    def _count_usable(self, window: int, taken: set[int]) -> int:
+        """Groups that `window` would have if it admitted what was scouted, about."""
+        newer = fresh = 0
+        for record in self._scouted:
+            if record.kind == "shard":
+                count = self.index.count_trainable(record)
+                newer += count
+                fresh += 0 if self._store.is_bad(record.seq) else count
+        groups = self.index.eligible(window, self._plan, newer=newer)
+        oldest = self._plan.max_age_groups
+        return self.index.count_usable(groups, taken) + min(fresh, oldest or fresh)
 
     def scout(self, *, limit_s: float = 0.0) -> bool:
         """Verify shards that the log has and no window admitted, one at least, until `limit_s`.

@@ -71,21 +71,38 @@ class GroupIndex:
         for group in record.groups:
             self._live["rejected"][self._live["gid"] == group.gid.encode()] = True
 
-    def eligible(self, window: int, plan: SamplingPlan) -> Integers:
-        """The groups that `window` uses: not held out or rejected, below the bound on their uses.
+    def eligible(self, window: int, plan: SamplingPlan, *, newer: int = 0) -> Integers:
+        """The groups that `window` uses: not held out, rejected or too old, below the bound on
+        their uses; `newer` groups that are not taken in yet count for their age.
 
         Groups of bad shards are among them: a shard may turn bad after the window has opened.
         """
         rows = self._live
         allowed = uses_allowed(plan, rows["images"].astype(np.int64))
-        is_out = rows["rejected"] | rows["held_out"]
-        return np.flatnonzero(~is_out & (window - rows["admitted"] < allowed))
+        is_in = ~(rows["rejected"] | rows["held_out"])
+        is_usable = is_in & (window - rows["admitted"] < allowed)
+        if plan.max_age_groups is not None:
+            young = max(plan.max_age_groups - newer, 0)
+            old = np.flatnonzero(is_in)[: max(int(is_in.sum()) - young, 0)]
+            is_usable[old] = False
+        return np.flatnonzero(is_usable)
+
+    def num_images_unused(self, groups: Integers, window: int) -> int:
+        """Stored images of those of `groups` that no window before `window` used."""
+        rows = self._live[groups]
+        is_unused = (rows["admitted"] == window) & ~rows["bad"]
+        return int(rows["images"][is_unused].sum())
 
     def held_out(self) -> Integers:
         """The usable groups of held-out captions that have two images or more, in log order."""
         rows = self._live
         is_usable = rows["held_out"] & ~rows["rejected"] & ~rows["bad"]
         return np.flatnonzero(is_usable & (rows["images"] > 1))
+
+    def num_images_trainable(self, record: CommitRecord) -> int:
+        """Stored images of the groups that `count_trainable` counts."""
+        is_in = ~self._held_out_of(record)
+        return sum(g.images for g, kept in zip(record.groups, is_in, strict=True) if kept)
 
     def count_trainable(self, record: CommitRecord) -> int:
         """How many groups of a shard's record are of captions that are not held out."""

@@ -33,6 +33,11 @@ class SamplingPlan(BaseModel):
     max_uses_per_image: int
     held_out: float = 0.0
     """Share of captions that are never drawn."""
+    max_age_groups: int | None = None
+    """Only so many of the newest groups are drawn; held out and rejected ones do not count."""
+    min_generated_per_trained: float = 0.0
+    """Committed images for each drawn image view, below which no batch is cut."""
+    views_per_batch: int = 1
 
 
 def window_order(seed: int, window: int, groups: Integers) -> Integers:

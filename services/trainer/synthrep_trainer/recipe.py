@@ -66,6 +66,9 @@ def sampling_plan(record: RunRecord) -> SamplingPlan:
         min_fill_groups=request.min_fill_groups or request.captions_per_batch,
         max_uses_per_image=request.max_uses_per_image,
         held_out=record.held_out,
+        max_age_groups=request.max_age_groups,
+        min_generated_per_trained=request.min_generated_per_trained or 0.0,
+        views_per_batch=record.views_per_step,
     )
 
 

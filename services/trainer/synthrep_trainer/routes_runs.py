@@ -34,7 +34,7 @@ from synthrep_trainer.probe_data import probe_datasets
 from synthrep_trainer.problems import too_many
 from synthrep_trainer.records import Wanted
 from synthrep_trainer.runs import RunFolder
-from synthrep_trainer.sources import check_source, origin_of
+from synthrep_trainer.sources import check_source, generator_of
 from synthrep_trainer.views import checkpoint_view, run_view
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -79,9 +79,9 @@ def _check(context: Context, caller: Principal, request: RunRequest) -> None:
     """Raises what becomes 403, 422 or 429."""
     if caller.datasets is not None and not caller.lists(request.dataset_name):
         raise HTTPException(403, "the key does not reach this data set")
-    if request.source_url is not None:
+    if request.source_url is not None or request.pause_generation_above is not None:
         try:
-            check_source(origin_of(request.source_url), context.settings)
+            check_source(generator_of(request, context.settings), context.settings)
         except RunError as error:
             raise HTTPException(422, str(error)) from error
     known = probe_datasets(context.settings.probe_data) if request.probe_datasets else {}

@@ -48,10 +48,13 @@ class TrainerSettings(ServiceSettings):
     verify_s: float = Field(default=10.0, gt=0)
     """Time spent on verifying new shards before a window opens that could open already."""
     allowed_sources: tuple[Origin, ...] = ()
-    """Generators that a run's `source_url` may lead to, a JSON list of `https://host:port`; the
-    network is asked nowhere else."""
+    """Generators that are asked for shards and pauses, a JSON list of `https://host:port`; what a
+    run's `source_url` names must be among them."""
     source_keys: dict[Origin, SecretStr] = Field(default={})
     """The key for each of them that wants one, a JSON object by address, at best from a file."""
+    generator_url: Origin | None = None
+    """The generator that fills the root's data sets, one of `allowed_sources`: runs that say so
+    pause and resume its batches."""
     source_poll_s: float = Field(default=5.0, gt=0, le=600)
     """Longest pause between two looks at a generator's log; an event of it shortens the pause."""
     layout: Literal["replicate", "shard"] = "replicate"

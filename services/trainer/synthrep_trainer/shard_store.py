@@ -51,6 +51,11 @@ class ShardStore:
         """Shards in quarantine that this process knows of."""
         return len(self._bad)
 
+    @property
+    def num_verified(self) -> int:
+        """Shards that this process found to be what the log says."""
+        return len(self._layouts)
+
     def is_bad(self, seq: int) -> bool:
         """Whether the shard is known to be in quarantine."""
         return seq in self._bad

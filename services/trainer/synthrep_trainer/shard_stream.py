@@ -65,6 +65,15 @@ class Cursor(NamedTuple):
         return cls(window, row, tuple(Draw(*draw) for draw in waiting))
 
 
+class Pressure(NamedTuple):
+    """Whether the generator is ahead of the training, or behind it."""
+
+    images_untrained: int
+    """Committed images of groups of which none was drawn yet."""
+    is_waiting: bool
+    """Whether the stream waits for new images."""
+
+
 class DrawnGroup(NamedTuple):
     """A caption of a batch: its row among those of all ranks, and where its images are."""
 
@@ -113,6 +122,7 @@ class ShardStream:
             )
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._poll_s = poll_s
+        self._pressure = Pressure(0, is_waiting=False)
         self._journal = AdmissionJournal(run_folder / "admissions.jsonl", is_writer=rank == 0)
         self.store = ShardStore(place, run_folder, copy_bytes=copy_bytes)
         reader = reader or LogReader(place.log)
@@ -131,6 +141,11 @@ class ShardStream:
         """Images of the log as far as this process has read it."""
         return self._log.images_committed
 
+    @property
+    def pressure(self) -> Pressure:
+        """How the last batch left the stock; on rank 0, from any thread."""
+        return self._pressure
+
     def next_batch(self, should_stop: Callable[[], bool]) -> DrawnBatch | None:
         """This rank's captions of the next batch; blocks until the log has enough for all ranks.
 
@@ -138,6 +153,8 @@ class ShardStream:
         LogChangedError, CommitLogError and what the file system raises.
         """
         self._step += 1
+        if self._rank == 0 and not self._wait_for_ratio(should_stop):
+            return None
         draws: list[Draw] = []
         taken: set[int] = set()
         repeated: list[Draw] = []
@@ -162,6 +179,7 @@ class ShardStream:
         self._cursor = Cursor(window, row, (*repeated, *waiting))
         if self._rank == 0:
             self._log.scout()
+            self._weigh(is_waiting=False)
         return DrawnBatch(self._step, list(self._share(draws)), self._cursor)
 
     def held_out(self, *, captions: int, images: int) -> list[DrawnGroup]:
@@ -196,10 +214,28 @@ class ShardStream:
                 continue
             if should_stop():
                 return False
+            self._weigh(is_waiting=True)
             self._log.wait(self._poll_s)
         self._log.admit(admission)
         self._order = self._order_of(window)
         return True
+
+    def _wait_for_ratio(self, should_stop: Callable[[], bool]) -> bool:
+        """Wait until so many images are committed as the batch takes; False if stopped before."""
+        plan = self._plan
+        wanted = plan.min_generated_per_trained * self._step * plan.views_per_batch
+        while self._log.images_committed < wanted:
+            if should_stop():
+                return False
+            self._log.scout()
+            self._weigh(is_waiting=True)
+            self._log.wait(self._poll_s)
+        return True
+
+    def _weigh(self, *, is_waiting: bool) -> None:
+        window, row, _ = self._cursor
+        unused = self._log.index.num_images_unused(self._order[row:], window)
+        self._pressure = Pressure(unused + self._log.images_upcoming, is_waiting)
 
     def _order_of(self, window: int) -> Integers:
         return window_order(self._plan.seed, max(window, 0), self._log.eligible(window))

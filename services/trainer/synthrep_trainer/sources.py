@@ -38,6 +38,14 @@ def origin_of(source_url: str) -> str:
     return source_url.rpartition("/v1/datasets/")[0]
 
 
+def generator_of(request: RunRequest, settings: TrainerSettings) -> str:
+    """Where the generator of a run's data set is; RunError if nothing says so."""
+    url = origin_of(request.source_url) if request.source_url else settings.generator_url
+    if url is None:
+        raise RunError("pause_generation_above needs the setting generator_url, or a source_url")
+    return url
+
+
 def check_source(url: str, settings: TrainerSettings) -> None:
     """Raise RunError unless the settings allow the generator at `url`, `scheme://host:port`."""
     if url not in settings.allowed_sources:
@@ -45,7 +53,11 @@ def check_source(url: str, settings: TrainerSettings) -> None:
 
 
 def open_generator(
-    url: str, settings: TrainerSettings, should_stop: Callable[[], bool]
+    url: str,
+    settings: TrainerSettings,
+    should_stop: Callable[[], bool],
+    *,
+    retries: int = _RETRIES,
 ) -> SynthRep:
     """A patient client, which gives up with OSError when it is to stop; RunError as above."""
     check_source(url, settings)
@@ -59,7 +71,7 @@ def open_generator(
             time.sleep(min(left_s, _SLICE_S))
 
     return SynthRep(
-        url, api_key=key.get_secret_value() if key else "", retries=_RETRIES,
+        url, api_key=key.get_secret_value() if key else "", retries=retries,
         timeout_s=_TIMEOUT_S, sleep=sleep,
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, TrainingStoppedError
+from synthrep_trainer.governor import Governor
 from synthrep_trainer.learner import Learner
 from synthrep_trainer.loop import Plan, train
 from synthrep_trainer.recorder import RunRecorder
@@ -35,9 +36,10 @@ from synthrep_trainer.records import Failure, RunRecord
 from synthrep_trainer.runs import RunFolder, locked
 from synthrep_trainer.settings import TrainerSettings
 from synthrep_trainer.shard_stream import Cursor, ShardStream
-from synthrep_trainer.sources import open_dataset
+from synthrep_trainer.sources import generator_of, open_dataset, open_generator
 
 _log = logging.getLogger(__name__)
+_GOVERNOR_RETRIES = 2  # it asks again at its next look
 _PERMANENT = (RunError, TrainingStoppedError, ValueError)
 
 
@@ -83,8 +85,36 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
         rates_at = partial(recipe.rates, record)
         plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, rates_at)
         _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
-        with recorder, loader:
+        with _governor(folder, settings, stream, should_stop), recorder, loader:
             return train(learner, loader, recorder, plan, should_stop=should_stop)
+
+
+@contextlib.contextmanager
+def _governor(
+    folder: RunFolder,
+    settings: TrainerSettings,
+    stream: ShardStream,
+    should_stop: Callable[[], bool],
+) -> Iterator[None]:
+    """Rank 0 holds the generator back, if the run asks for that."""
+    request = folder.record.request
+    if request.pause_generation_above is None or distributed.rank() > 0:
+        yield
+        return
+    with (
+        open_generator(
+            generator_of(request, settings), settings, should_stop, retries=_GOVERNOR_RETRIES
+        ) as client,
+        Governor(
+            client,
+            request.dataset_name,
+            folder.path,
+            lambda: stream.pressure,
+            pause_above=request.pause_generation_above,
+            interval_s=settings.source_poll_s,
+        ),
+    ):
+        yield
 
 
 def _loader(

@@ -27,6 +27,7 @@ def run_view(folder: RunFolder) -> RunView:
         loss=newest.get("loss"),
         generated_per_trained=newest.get("generated_per_trained"),
         images_per_s=newest.get("images_per_s"),
+        shards_quarantined=folder.num_quarantined,
         created_at=record.created_at,
         error=status.error if status and state == "failed" else None,
     )

@@ -186,6 +186,8 @@ class RunView(Answer):
     loss: float | None
     generated_per_trained: float | None
     images_per_s: float | None
+    shards_quarantined: int = 0
+    """Shards that the run leaves out because they are not what the commit log says."""
     created_at: datetime
     error: str | None
 
