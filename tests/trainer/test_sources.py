@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from datetime import UTC, datetime
 from itertools import count
 
 import httpx
@@ -15,20 +16,28 @@ from pydantic import SecretStr
 from starlette.responses import Response
 
 from synthrep_generator.api import create_app
+from synthrep_generator.intake import BatchHeader, write_batch
 from synthrep_generator.queues import QueueView
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.commit_log import read_log
 from synthrep_shared.keys import ApiKey
-from synthrep_shared.messages import RunRequest
+from synthrep_shared.messages import GenerationSettings, RunRequest
 from synthrep_shared.storage import spool_folder
+from synthrep_trainer import train
 from synthrep_trainer.errors import LogChangedError, RunError
 from synthrep_trainer.order import SamplingPlan
+from synthrep_trainer.recorder import RunRecorder
+from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
 from synthrep_trainer.shard_stream import ShardStream
 from synthrep_trainer.sources import event_names, open_dataset
 
 KEY = "key of the generator"
 LIMIT_S = 20.0
+HEADER = BatchHeader(
+    id="b" * 32, dataset="birds", owner="anonymous", priority=5, num_prompts=3,
+    settings=GenerationSettings(images_per_prompt=2), body_sha256="", created_at=datetime.now(UTC),
+)  # fmt: skip
 PLAN = SamplingPlan(
     seed=1, captions_per_batch=4, images_per_caption=2, min_fill_groups=4, max_uses_per_image=100
 )
@@ -117,6 +126,13 @@ def wait_for(log, seq):
     while len(list(read_log(log))) < seq:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def wait_until(condition, limit_s=LIMIT_S):
+    deadline = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 def poll_until_it_raises(reader):
@@ -309,3 +325,26 @@ def test_redirects_are_not_followed(generator, shard_maker, settings, follow, tm
             (place.shards / "00000001-0123456789ab.tar").read_range(0, 10)
         with pytest.raises(httpx.HTTPStatusError):
             next(iter(event_names(generator.url, settings)))
+
+
+def test_a_run_learns_over_http_and_pauses_its_generator(
+    shard_maker, generator, settings, monkeypatch
+):
+    shard_maker.commit(40)
+    write_batch(shard_maker.paths, HEADER, ["a"] * HEADER.num_prompts)
+    settings = settings.model_copy(update={"device": "cpu", "source_poll_s": 0.02})
+    folder = Workplace(settings.runs).submit_run(
+        RunRequest(
+            source_url=f"{generator.url}/v1/datasets/birds", max_steps=12, image_size=16,
+            captions_per_batch=4, images_per_caption=2, pause_generation_above=20,
+        )
+    )  # fmt: skip
+    marker = shard_maker.paths.control / f"{HEADER.id}.paused"
+    seen = []
+    monkeypatch.setattr(
+        RunRecorder, "record_step", lambda *_, **__: seen or seen.append(wait_until(marker.exists))
+    )
+    assert train.run(folder, settings, never)
+    assert seen[0], "never paused"
+    assert not marker.exists()
+    assert not settings.root.exists()
