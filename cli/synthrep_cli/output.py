@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,9 @@ def errors_in_one_sentence() -> Iterator[None]:
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         typer.secho(": ".join(filter(None, ["synthrep", place, message])), err=True, fg="red")
+        raise typer.Exit(2) from error
+    except SettingsError as error:  # a variable that should hold JSON
+        typer.secho(f"synthrep: {error}", err=True, fg="red")
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         typer.echo("synthrep: interrupted", err=True)

@@ -62,6 +62,17 @@ def test_a_malformed_manifest_is_shown_as_damage(hub: FakeHub, tmp_path: Path) -
     assert states()["sd15"] == "damaged"
 
 
+def test_a_setting_that_is_no_json_is_told_in_one_sentence(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNTHREP_GENERATOR_API_KEYS", '["planted-secret')
+    result = run("ls")
+    assert result.exit_code == 2
+    assert "api_keys" in result.output
+    assert "planted-secret" not in result.output
+    assert len(result.output.splitlines()) == 1
+
+
 def test_programs_get_the_manifest(hub: FakeHub) -> None:
     manifest = json.loads(run("pull", "sd15", "--json").stdout)
     assert (manifest["alias"], manifest["repo"]) == ("sd15", SD15.repo)
