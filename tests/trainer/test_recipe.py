@@ -50,6 +50,16 @@ def test_rates_run_along_their_curves():
     assert {r.ema_decay for r in rates} == {None}
 
 
+def test_a_rate_that_is_left_open_suits_the_objective():
+    peaks = {
+        objective: recipe.rates(record(objective=objective, warmup_fraction=0), 1).lr
+        for objective in ("stablerep", "simclr", "clip", "stablerep+", "synclr")
+    }
+    assert peaks == {
+        "stablerep": 1.5e-3, "simclr": 1.5e-3, "clip": 3e-4, "stablerep+": 3e-4, "synclr": 3e-4
+    }  # fmt: skip
+
+
 def test_synclr_averages_longer_and_longer_and_decay_may_rise():
     run = record(objective="synclr", weight_decay=0.04, final_weight_decay=0.2)
     rates = [recipe.rates(run, step) for step in (1, 51, 101)]

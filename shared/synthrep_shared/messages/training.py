@@ -86,8 +86,8 @@ class RunRequest(Request):
     """Image views to train on."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of initialisation, order and augmentation."""
-    lr: float = Field(default=1.5e-3, gt=0, le=1)
-    """Peak learning rate of AdamW."""
+    lr: float | None = Field(default=None, gt=0, le=1)
+    """Peak learning rate of AdamW; None: 1.5e-3, of clip, stablerep+ and synclr 3e-4."""
     weight_decay: float = Field(default=0.1, ge=0, le=1)
     """Weight decay of AdamW, on matrices only."""
     final_weight_decay: float | None = Field(default=None, ge=0, le=1)
