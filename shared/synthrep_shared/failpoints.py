@@ -35,6 +35,10 @@ NAMES = frozenset(
 )
 
 
+TRAINER_NAMES = frozenset({"checkpoint-half-written", "checkpoint-written", "checkpoint-renamed"})
+"""Those of train processes, where the others are of the generator's."""
+
+
 def failpoint(name: str) -> None:
     """End this process here if the environment asks for it and no process did so before."""
     if os.environ.get("SYNTHREP_FAILPOINT") != name:

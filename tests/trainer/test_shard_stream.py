@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import tarfile
 import threading
 from collections import Counter, deque
 
@@ -51,7 +53,7 @@ class Ranks:
         return batches[0].step, sorted(row for b in batches for row in rows(b)), batches[0].cursor
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", range(int(os.environ.get("PROPERTY_CASES") or 20)))
 def test_order_survives_kills_changes_of_world_and_late_shards(shard_maker, tmp_path, case):
     dice = random.Random(case)
     run, steps = tmp_path / "run", 40
@@ -386,3 +388,26 @@ def test_every_committed_shard_is_verified_or_in_quarantine(shard_maker, tmp_pat
     stream.next_batch(NEVER)
     assert stream.store.num_quarantined == num_bad > 0
     assert stream.store.num_verified + stream.store.num_quarantined == 30
+
+
+def test_every_damage_is_found_before_use_and_training_goes_on(shard_maker, tmp_path, caplog):
+    """50 random bytes changed, 50 random cuts, and a change and a cut at every header."""
+    good = shard_maker.commit(7, images=2)
+    size, dice = good.bytes, random.Random(5)
+    with tarfile.open(shard_maker.paths.shards / good.name) as tar:
+        headers = [member.offset for member in tar]
+    places = [dice.randrange(size) for _ in range(50)] + headers
+    damages = [lambda data, at=at: data[:at] for at in places] + [
+        lambda data, at=at: data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
+        for at in places
+    ]
+    for damage in damages:
+        shard_maker.commit(7, images=2, break_file=damage)
+    shard_maker.commit(7, images=2)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=14), verify_s=60.0)
+    drawn = {g.shard.seq for _ in range(20) for g in stream.next_batch(NEVER).groups}
+    count = 2 * (50 + 28)
+    assert drawn == {1, count + 2}
+    assert stream.store.num_quarantined == count == len(list((tmp_path / "quarantine").iterdir()))
+    assert stream.store.num_verified + stream.store.num_quarantined == count + 2
+    assert sum(record.message == "shard_quarantined" for record in caplog.records) == count

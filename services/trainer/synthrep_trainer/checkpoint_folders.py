@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from synthrep_shared.failpoints import failpoint
 from synthrep_shared.storage import sync_folder, temporary_path
 from synthrep_trainer.errors import NoCheckpointError
 
@@ -111,9 +112,12 @@ def publish_checkpoint(folder: Path, files: dict[str, bytes], manifest: Manifest
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
+            failpoint("checkpoint-half-written")
         sync_folder(written)
+        failpoint("checkpoint-written")
         _remove(final)  # a broken one: its step was trained again
         written.rename(final)
+        failpoint("checkpoint-renamed")
         sync_folder(folder)
     finally:
         shutil.rmtree(written, ignore_errors=True)
