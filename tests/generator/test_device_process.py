@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,21 @@ import pytest
 from synthrep_generator import device_process
 from synthrep_generator.chunks import Place, chunk_from_places
 from synthrep_generator.device_process import DeviceProcess, is_device_fault, private_bytes
-from synthrep_generator.pipe import Channel, Finished, Message
+from synthrep_generator.pipe import Channel, Finished, Message, Ready
 
 
 class AcceleratorError(RuntimeError):
     """As torch names what CUDA reports."""
+
+
+class Deaf(Channel):
+    """Keeps what is sent."""
+
+    def __init__(self, sent: list[Any]) -> None:
+        self._sent = sent
+
+    def send(self, message: Message) -> None:
+        self._sent.append(message)
 
 
 class Derived(AcceleratorError):
@@ -63,16 +72,31 @@ def test_memory_that_each_load_of_a_model_costs_adds_up(
         return make(*arguments)
 
     monkeypatch.setattr(device_process, "make_synthesizer", make_and_leak)
-    ours, theirs = socket.socketpair()
     sent: list[Message] = []
-    channel = Channel(ours)
-    monkeypatch.setattr(channel, "send", sent.append)
-    process = DeviceProcess(stack.settings, channel)
+    process = DeviceProcess(stack.settings, Deaf(sent))
     for number, alias in enumerate(["one", "two", "one", "two"]):
         stack.accept(["a"], batch=f"b{number}", images=1, model=alias)
         process._run(chunk_from_places("birds", [Place(f"b{number}", 0)]))
-    theirs.close()
-    channel.close()
     grown = [message.grown_bytes for message in sent if isinstance(message, Finished)]
     assert grown[0] < 30 << 20
     assert grown[-1] > 60 << 20
+
+
+def test_judges_are_loaded_before_a_run_is_ready(
+    generator_stack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = generator_stack()
+    stack.accept(["a"])
+    sent: list[Any] = []
+    process = DeviceProcess(stack.settings, Deaf(sent))
+    load = process._load_judges
+
+    def note_and_load(*arguments: Any) -> Any:
+        sent.append("judges")
+        return load(*arguments)
+
+    monkeypatch.setattr(process, "_load_judges", note_and_load)
+    process._run(chunk_from_places("birds", [Place("b0", 0)]))
+    assert sent[0] == "judges"  # from Ready on, silence counts as a hang
+    assert isinstance(sent[1], Ready)
+    assert sent[-1].committed == 1

@@ -152,9 +152,11 @@ class DeviceProcess:
         request = make_request(chunk, self._datasets[chunk.dataset])
         result, device_s = JobResult(), 0.0
         if request is not None:
+            # First of all: from the model's Ready on, a silence counts as a hang.
+            judges = self._load_judges(request.settings)
             synthesizer = self._load(request.settings.model, chunk.id)
             before_s = synthesizer.device_s
-            result = self._generate(request, synthesizer)
+            result = self._generate(request, synthesizer, judges)
             device_s = synthesizer.device_s - before_s
         self._channel.send(
             Finished(
@@ -166,8 +168,9 @@ class DeviceProcess:
             )
         )
 
-    def _generate(self, request: ShardRequest, synthesizer: Synthesizer) -> JobResult:
-        judges = self._load_judges(request.settings)
+    def _generate(
+        self, request: ShardRequest, synthesizer: Synthesizer, judges: Judges
+    ) -> JobResult:
         bench = Bench(
             synthesizer=synthesizer,
             model=find_model(self._settings, request.settings.model),
