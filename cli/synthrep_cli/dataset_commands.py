@@ -1,15 +1,21 @@
-"""`synthrep dataset …`: what there is, whether it is whole, and how to bring it in order.
+"""`synthrep dataset …`: what there is, whether it is whole, how to bring it in order or in.
 
-`ls` asks the service. `verify` and `repair` read the files themselves, so that they work where
+`ls` asks the service. The others read the files themselves, so that they work where
 nothing runs, and while everything does.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_shared.client import SynthRep
@@ -103,6 +109,59 @@ def repair(
         typer.echo(f"cut {repairs.cut_bytes} bytes of a torn line off the log")
     if not repairs.removed and not repairs.cut_bytes:
         typer.echo("nothing to repair")
+
+
+@app.command("import")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="WebDataset tars, or a tree of images.")],
+    dataset: Annotated[str, typer.Option(help="Name of the data set to make or extend.")],
+    root: Root = None,
+    each_its_own: Annotated[
+        bool, typer.Option(help="Every image is a caption of its own, as for simclr.")
+    ] = False,
+    owner: Annotated[str, typer.Option(help="Name of the key that the batch belongs to.")] = "",
+    threads: Annotated[int, typer.Option(min=1, max=64)] = 2,
+    as_json: Json = False,
+) -> None:
+    """Copy images that exist into a data set, so that they train as generated ones do.
+
+    Captions are those of .txt, .json or .cls beside an image, else the name of its folder. Every
+    image is decoded once; those that cannot be are recorded as failures. Goes on where it was
+    cut off; a folder that changed meanwhile is imported whole once more.
+    """
+    from synthrep_generator.image_folder import find_images
+    from synthrep_generator.importer import import_images
+    from synthrep_shared.keys import ANONYMOUS
+
+    with errors_in_one_sentence():
+        found = find_images(folder, caption_by="file" if each_its_own else "text")
+        with _bar(len(found), quiet=as_json) as advance:
+            report = import_images(
+                found, _paths(root, dataset), owner=owner or ANONYMOUS, threads=threads,
+                advance=advance,
+            )  # fmt: skip
+    if as_json:
+        print_json(report)
+        return
+    typer.echo(
+        f"{dataset}: {report.images} images = {report.imported} imported + {report.refused} refused"
+        f" + {report.earlier} decided before"
+    )
+    if report.refused:
+        typer.echo(f"why: GET /v1/batches/{report.batch}/failures")
+
+
+@contextmanager
+def _bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if quiet or not sys.stdout.isatty():
+        yield lambda count: None
+        return
+    with Progress(
+        BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console()
+    ) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda count: bars.advance(task, count)
 
 
 def _paths(root: str | None, dataset: str) -> DatasetPaths:

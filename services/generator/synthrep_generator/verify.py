@@ -286,6 +286,7 @@ def _sample_fault(
     found = (metadata.caption, metadata.gid, metadata.image_index, metadata.seed)
     if found != (group.prompt, ref.gid, k, seed) or metadata.caption_id != ref.caption_id:
         return "the description is of another image"
-    if any(getattr(metadata, name) != getattr(settings, name) for name in _ASKED):
+    asked = {name: getattr(settings, name) for name in _ASKED}  # None: of images that were imported
+    if any(value not in (None, getattr(metadata, name)) for name, value in asked.items()):
         return "it was not made as was asked for"
     return judge(metadata, image[1]) if judge else None
