@@ -35,8 +35,6 @@ app = typer.Typer(
 )
 app.add_typer(dataset_commands.app, name="dataset")
 app.add_typer(models_commands.app, name="models")
-app.command("regenerate")(regenerate_command.regenerate)
-app.command()(export_command.export)
 
 _WATCH_S = 1.0
 
@@ -274,6 +272,10 @@ def probe(
             print_json(view)
             return
         Console().print(probe_table([ProbeRow.from_view(view)]))
+
+
+app.command()(export_command.export)
+app.command()(regenerate_command.regenerate)
 
 
 def _number(value: float | None) -> str:
