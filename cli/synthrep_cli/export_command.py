@@ -30,6 +30,12 @@ def export(
         Path | None,
         typer.Option(help="Folder of the runs; default: SYNTHREP_TRAINER_RUNS, or runs/trainer."),
     ] = None,
+    weights: Annotated[
+        Literal["auto", "last", "ema"],
+        typer.Option(
+            help="Last or averaged; auto: averaged where the run has them."
+        ),
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +47,8 @@ def export(
     with errors_in_one_sentence():
         checkpoint = find_checkpoint(what, Workplace(runs or TrainerSettings().runs))
         name = f"{checkpoint.path.absolute().parent.parent.name}-{checkpoint.step}-{format_name}"
-        made = export_checkpoint(checkpoint, output or _EXPORTS / name, format_name, replace=force)
+        output = output or _EXPORTS / name
+        made = export_checkpoint(checkpoint, output, format_name, weights=weights, replace=force)
     if as_json:
         print_json({"folder": str(made.folder), "greatest_difference": made.greatest_difference})
     else:

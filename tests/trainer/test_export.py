@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from synthrep_shared.messages import RunRequest
@@ -127,3 +128,21 @@ def test_a_checkpoint_without_an_encoder_is_refused(tmp_path):
     checkpoint = load_checkpoint(open_checkpoint(path))
     with pytest.raises(NoCheckpointError, match="holds no encoder"):
         export_checkpoint(checkpoint, tmp_path / "out", "timm")
+
+
+def test_averaged_weights_are_exported_where_the_run_has_them(tmp_path):
+    parts = {
+        "encoder": make_encoder(CONFIG, seed=0).state_dict(),
+        "ema_encoder": make_encoder(CONFIG, seed=1).state_dict(),
+    }
+    state = {"encoder": json.loads(CONFIG.to_json()), "request": {"seed": 0}}
+    checkpoint = load_checkpoint(open_checkpoint(save_checkpoint(tmp_path, 1, parts, state)))
+    for weights, part in (("auto", "ema_encoder"), ("ema", "ema_encoder"), ("last", "encoder")):
+        folder = export_checkpoint(checkpoint, tmp_path / weights, "timm", weights=weights).folder
+        found = safetensors.torch.load_file(folder / "model.safetensors")
+        assert torch.equal(found["cls_token"], parts[part]["backbone.cls_token"])
+
+
+def test_averaged_weights_that_are_not_there_are_refused(checkpoint, tmp_path):
+    with pytest.raises(NoCheckpointError, match="no averaged encoder"):
+        export_checkpoint(checkpoint, tmp_path / "out", "timm", weights="ema")

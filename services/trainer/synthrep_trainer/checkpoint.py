@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 from torch import Tensor
@@ -32,6 +32,7 @@ _STATE = "state.json"
 _SUFFIX = ".safetensors"
 
 Parts = Mapping[str, Mapping[str, Tensor]]
+Weights = Literal["auto", "last", "ema"]
 
 
 class Checkpoint(NamedTuple):
@@ -41,6 +42,17 @@ class Checkpoint(NamedTuple):
     step: int
     parts: Parts
     state: dict[str, Any]
+
+    def encoder(self, weights: Weights = "auto") -> Mapping[str, Tensor]:
+        """The encoder's tensors: the last ones, or averaged; `auto` averaged where there are any.
+
+        Raises ValueError if there are none and `ema` asks for them, KeyError without an encoder.
+        """
+        if weights == "last" or (weights == "auto" and "ema_encoder" not in self.parts):
+            return self.parts["encoder"]
+        if "ema_encoder" not in self.parts:
+            raise ValueError(f"{self.path} holds no averaged encoder; weights must not be 'ema'")
+        return self.parts["ema_encoder"]
 
 
 def save_checkpoint(folder: Path, step: int, parts: Parts, state: Mapping[str, Any]) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from synthrep_shared.storage import sync_folder, temporary_path
-from synthrep_trainer.checkpoint import Checkpoint, load_checkpoint, load_newest
+from synthrep_trainer.checkpoint import Checkpoint, Weights, load_checkpoint, load_newest
 from synthrep_trainer.checkpoint_folders import MANIFEST, open_checkpoint
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
 from synthrep_trainer.errors import ExportError, NoCheckpointError
@@ -57,11 +57,17 @@ def find_checkpoint(what: str, place: Workplace) -> Checkpoint:
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, output: Path, format_name: FormatName, *, replace: bool = False
+    checkpoint: Checkpoint,
+    output: Path,
+    format_name: FormatName,
+    *,
+    weights: Weights = "auto",
+    replace: bool = False,
 ) -> Export:
     """Publish a checkpoint's encoder as the folder `output`.
 
     Args:
+        weights: the last ones or averaged ones, see `Checkpoint.encoder`.
         replace: an earlier export that lies there goes; nothing else does.
 
     Raises:
@@ -70,7 +76,7 @@ def export_checkpoint(
         NoCheckpointError: the checkpoint holds no encoder.
     """
     _check_output(output, replace=replace)
-    config, encoder = _encoder_of(checkpoint)
+    config, encoder = _encoder_of(checkpoint, weights)
     output.parent.mkdir(parents=True, exist_ok=True)
     written = temporary_path(output.parent, output.name)
     written.mkdir()
@@ -101,11 +107,11 @@ def _check_output(output: Path, *, replace: bool) -> None:
         raise ExportError(f"{output} is no earlier export and will not be replaced")
 
 
-def _encoder_of(checkpoint: Checkpoint) -> tuple[EncoderConfig, Encoder]:
+def _encoder_of(checkpoint: Checkpoint, weights: Weights) -> tuple[EncoderConfig, Encoder]:
     try:
         config = EncoderConfig(**checkpoint.state["encoder"])
         encoder = make_encoder(config, seed=0)
-        encoder.load_state_dict(dict(checkpoint.parts["encoder"]))
+        encoder.load_state_dict(dict(checkpoint.encoder(weights)))
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise NoCheckpointError(f"{checkpoint.path} holds no encoder: {error}") from error
     return config, encoder.eval()

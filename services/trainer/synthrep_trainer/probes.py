@@ -13,7 +13,6 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import ProbeRequest
 from synthrep_shared.storage import publish_bytes
 from synthrep_trainer.augment import normalise
-from synthrep_trainer.checkpoint import Checkpoint, load_checkpoint, load_newest
+from synthrep_trainer.checkpoint import Checkpoint, Weights, load_checkpoint, load_newest
 from synthrep_trainer.checkpoint_folders import open_checkpoint
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
@@ -54,21 +53,16 @@ class FrozenEncoder:
 
 
 def encoders_of(
-    checkpoint: Checkpoint, weights: Literal["auto", "last", "ema"] = "auto"
+    checkpoint: Checkpoint, weights: Weights = "auto"
 ) -> tuple[EncoderConfig, Encoder, Encoder]:
     """How the encoder is made, the encoder as it was saved, and as it was before the first step.
 
-    `auto` takes the averaged encoder where there is one. Raises ValueError if there is none and
-    `weights` asks for it.
+    See `Checkpoint.encoder` for `weights`, and what is raised.
     """
-    is_averaged = weights == "ema" or (weights == "auto" and "ema_encoder" in checkpoint.parts)
-    part = "ema_encoder" if is_averaged else "encoder"
-    if part not in checkpoint.parts:
-        raise ValueError(f"{checkpoint.path} holds no averaged encoder; weights must not be 'ema'")
     config = EncoderConfig(**checkpoint.state["encoder"])
     seed = checkpoint.state["request"]["seed"]
     trained, untrained = make_encoder(config, seed=seed), make_encoder(config, seed=seed)
-    trained.load_state_dict(dict(checkpoint.parts[part]))
+    trained.load_state_dict(dict(checkpoint.encoder(weights)))
     return config, trained, untrained
 
 
