@@ -8,6 +8,7 @@ from scipy.stats import binomtest
 
 from synthrep_trainer.probe_scores import (
     class_table,
+    pack_hits,
     score,
     score_with_interval,
     wilson_interval,
@@ -55,3 +56,10 @@ def test_class_table_names_every_class_also_without_test_images():
     assert [(row.name, row.n_test, row.value) for row in rows] == [
         ("ant", 10, 0.8), ("bee", 4, 0.25), ("cat", 0, None), ("dog", 2, 1.0),
     ]  # fmt: skip
+
+
+def test_hits_are_in_the_order_of_classes_whatever_the_prediction():
+    truth = np.array([1, 0, 1, 0, 2])
+    packed = pack_hits(truth, np.array([1, 2, 0, 0, 2]))
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8))[: len(truth)]
+    assert bits.tolist() == [0, 1, 1, 0, 1]

@@ -26,6 +26,8 @@ class Score(BaseModel):
     ci95: tuple[float, float]
     chosen: float | None = None
     """The hyperparameter that validation chose, None where there is none."""
+    hits: str = ""
+    """Which test images were named rightly, see `pack_hits`."""
 
 
 class ClassScore(BaseModel):
@@ -56,6 +58,8 @@ class ProbeResult(BaseModel):
     curve: tuple[dict[str, float], ...]
     """Each candidate with its score on validation: `{"strength": …, "val": …}`."""
     per_class: tuple[ClassScore, ...]
+    hits: str = ""
+    """Which test images were named rightly, see `pack_hits`; pairs this result with another's."""
     baselines: dict[str, Score] = {}
     """`majority`, `pixels`, `random_init`, through the same protocol on the same images."""
     seconds: float
@@ -87,7 +91,16 @@ def score_with_interval(
         draws = rng.binomial(num_rows, num_right / num_rows, (NUM_RESAMPLES, len(num_rows)))
         low, high = np.quantile((draws / num_rows).mean(1), (0.025, 0.975))
         interval = (float(low), float(high))
-    return Score(value=value, ci95=interval, chosen=chosen)
+    return Score(value=value, ci95=interval, chosen=chosen, hits=pack_hits(truth, predicted))
+
+
+def pack_hits(truth: Labels, predicted: Labels) -> str:
+    """A bit an image, 1 where it was named rightly: by class, then by place in the set; hex.
+
+    The order is the same for whoever is judged on the set, so that results can be paired.
+    """
+    order = np.argsort(truth, kind="stable")
+    return np.packbits((truth == predicted)[order]).tobytes().hex()
 
 
 def wilson_interval(num_right: int, num_rows: int) -> tuple[float, float]:

@@ -115,6 +115,7 @@ def probe(
         chosen=selection.chosen,
         curve=selection.curve,
         per_class=class_table(test.labels, predicted[_JUDGED], names),
+        hits=judged.hits,
         baselines=scores,
         seconds=clock() - started,
     )

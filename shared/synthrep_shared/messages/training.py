@@ -238,6 +238,8 @@ class ProbeView(Answer):
     chosen: float | None = None
     curve: list[dict[str, float]] | None = None
     per_class: list[dict[str, Any]] | None = None
+    hits: str | None = None
+    """A bit a test image, by class, then by place in the set, hex; 1: named rightly."""
     baselines: dict[str, Any] | None = None
     seconds: float | None = None
     created_at: datetime
