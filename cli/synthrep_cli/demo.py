@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from synthrep_cli.probe_table import ProbeRow, probe_table
 from synthrep_cli.report import DemoReport, write_report
-from synthrep_cli.stack import Stack, StackConfig, StackError
+from synthrep_cli.stack import PID_FILE, Stack, StackConfig, StackError
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import BatchView, ProbeRequest, RunRequest, RunView
 
@@ -58,7 +58,7 @@ def clear_folder(folder: Path) -> None:
         StackError: it holds what no demo made; nothing is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = {entry.name for entry in folder.iterdir()} - {*_FOLDERS, *_REPORTS}
+    foreign = {entry.name for entry in folder.iterdir()} - {*_FOLDERS, *_REPORTS, PID_FILE}
     if (folder / "data").is_dir():
         foreign |= {f"data/{e.name}" for e in (folder / "data").iterdir() if e.name != DATASET}
     if foreign:

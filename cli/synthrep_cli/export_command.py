@@ -32,9 +32,7 @@ def export(
     ] = None,
     weights: Annotated[
         Literal["auto", "last", "ema"],
-        typer.Option(
-            help="Last or averaged; auto: averaged where the run has them."
-        ),
+        typer.Option(help="Last or averaged; auto: averaged where the run has them."),
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Json = False,

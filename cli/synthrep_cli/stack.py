@@ -24,6 +24,9 @@ import httpx
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import SynthRepError
 
+PID_FILE = "stack.pid"
+"""Lies in the folder of a stack while it runs: whom `make down` tells to stop."""
+
 _PR_SET_PDEATHSIG = 1
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
@@ -45,6 +48,9 @@ class StackConfig:
     generator_port: int = 0
     trainer_port: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    gpus: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them: a launcher for each, workers by turns; none: one launcher
+    that sees whatever there is."""
 
     @property
     def data(self) -> Path:
@@ -74,8 +80,11 @@ def sole_use(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StackError(f"{folder} is in use by other services; name another") from None
-        (folder / "stack.pid").write_text(str(os.getpid()))
-        yield
+        (folder / PID_FILE).write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            (folder / PID_FILE).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
@@ -158,9 +167,17 @@ class Stack:
         self._start("generator-api", "synthrep_generator.api")
         self._start("reconciler", "synthrep_generator.reconciler")
         for number in range(self.config.workers):
-            self._start(f"generator-worker-{number}", "synthrep_generator.worker")
+            name = f"generator-worker-{number}"
+            self._start(name, "synthrep_generator.worker", gpu=self._gpu(number))
         self._start("trainer-api", "synthrep_trainer.api")
-        self._start("launcher", "synthrep_trainer.launcher")
+        self._start("launcher", "synthrep_trainer.launcher", gpu=self._gpu(0))
+        for number in range(1, len(self.config.gpus)):
+            name = f"launcher-{number}"
+            self._start(name, "synthrep_trainer.launcher", gpu=self._gpu(number))
+
+    def _gpu(self, number: int) -> str | None:
+        gpus = self.config.gpus
+        return gpus[number % len(gpus)] if gpus else None
 
     def _environment(self) -> dict[str, str]:
         redis_url = self.config.redis_url or f"redis://127.0.0.1:{self._redis_port}/0"
@@ -177,14 +194,17 @@ class Stack:
             **self.config.environment,
         }
 
-    def _start(self, name: str, module: str, *arguments: str) -> None:
+    def _start(self, name: str, module: str, *arguments: str, gpu: str | None = None) -> None:
+        environment = self._environment()
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with (self._logs / f"{name}.log").open("wb") as log:
             self._children[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=environment,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )

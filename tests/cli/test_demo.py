@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from synthrep_cli.demo import clear_folder
-from synthrep_cli.stack import StackError
+from synthrep_cli.stack import StackError, sole_use
 
 
 def put(folder: Path, *names: str) -> None:
@@ -29,3 +29,9 @@ def test_a_folder_with_what_no_demo_made_is_left_alone(tmp_path: Path, name: str
         clear_folder(tmp_path)
     assert (tmp_path / name).is_file()
     assert (tmp_path / "data/demo/commit.log").is_file()
+
+
+def test_a_demo_runs_in_a_folder_that_it_keeps_for_itself(tmp_path):
+    with sole_use(tmp_path):
+        clear_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
