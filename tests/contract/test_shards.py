@@ -73,7 +73,8 @@ def expected_samples(factory, record: CommitRecord) -> list[tuple[bytes, SampleM
                 caption=prompt, caption_id=group.caption_id, gid=group.gid, image_index=k,
                 seed=seed, model="tiny", model_revision="fake", scheduler="dpm++",
                 num_inference_steps=7, guidance_scale=2.5, negative_prompt="blurry",
-                stored_px=factory.store_px, generator_version="0.1.0",
+                stored_px=factory.store_px, generator_version="0.1.0", dtype="fake",
+                batch_images=sum(g.images for g in record.groups), image_quality=95,
             )  # fmt: skip
             expected.append((encode_image(pixels, image_format="jpg", quality=95), metadata))
     return expected
