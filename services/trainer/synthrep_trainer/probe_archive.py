@@ -1,4 +1,4 @@
-"""Read one split of a labelled set from a tar, trusting nothing in it.
+"""Read the images of a labelled set, from a tar or from files, trusting nothing in them.
 
 `<key>.jpg|jpeg|png|webp` with `<key>.cls` (one integer as text) -> batches of (images, labels).
 Nothing is unpacked to disk, only these members are decoded, and every size is checked before the
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import lzma
+import math
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from synthrep_trainer.probe_data import ProbeDataError
+from synthrep_trainer.probe_layouts import Entry, Label
 
 MAX_MEMBER_BYTES = 32 * 2**20
 MAX_WAITING_BYTES = 2**30  # images whose label has not come yet
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_IMAGES = 5_000_000
+CIFAR_PX = 32
 _SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "cls"})
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+/ ()-]{0,254}")
 _LABEL = re.compile(rb"\s*([0-9]{1,7})\s*")
@@ -44,29 +48,85 @@ _UNDECODABLE = (
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A few images of one split, in the order of the archive, with their class indices."""
+    """A few images of one split, in the order of the set, with their class indices.
+
+    Where an image has several labels, they are a row: 1, 0, or -1 for a class that does not count.
+    """
 
     images: UInt8[np.ndarray, "batch px px 3"]
-    labels: Int64[np.ndarray, " batch"]
+    labels: Int64[np.ndarray, "batch ..."]
 
 
 def read_batches(path: Path, *, image_px: int, batch_size: int = 512) -> Iterator[ImageBatch]:
-    """Yield the images of a tar, short side resized to `image_px` (bicubic) and centre-cropped.
+    """The images of a tar, short side resized to `image_px` (bicubic) and centre-cropped.
 
     Transparent images are laid on white. Raises ProbeDataError on a damaged or truncated archive,
     a member that is neither image nor label, an image without label or the reverse, a key that
     comes twice, an undecodable image, or a size beyond the limits of this module.
     """
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for key, data, label in _pairs(path):
-        images.append(decode(data, image_px=image_px, where=f"{path}: {key}"))
-        labels.append(label)
-        if len(images) == batch_size:
-            yield ImageBatch(np.stack(images), np.asarray(labels, np.int64))
-            images, labels = [], []
-    if images:
+    decoded = (
+        (decode(data, image_px=image_px, where=f"{path}: {key}"), label)
+        for key, data, label in _pairs(path)
+    )
+    return _batched(decoded, batch_size)
+
+
+def read_entries(
+    entries: Iterable[Entry], *, image_px: int, batch_size: int = 512
+) -> Iterator[ImageBatch]:
+    """As `read_batches`, from files; raises ProbeDataError for one that is too large or damaged."""
+    decoded = (
+        (decode(_file(entry.path), image_px=image_px, where=str(entry.path)), entry.label)
+        for entry in entries
+    )
+    return _batched(decoded, batch_size)
+
+
+def read_records(
+    paths: Iterable[Path], *, label_bytes: int, image_px: int, batch_size: int = 512
+) -> Iterator[ImageBatch]:
+    """The images of CIFAR's binary files: label bytes, the last of which counts, then 32 x 32 RGB.
+
+    Raises ProbeDataError for a file that does not hold a whole number of them.
+    """
+    decoded = (
+        (_resized(Image.fromarray(pixels), image_px), label)
+        for path in paths
+        for pixels, label in _records(path, label_bytes)
+    )
+    return _batched(decoded, batch_size)
+
+
+def _batched(samples: Iterable[tuple[np.ndarray, Label]], batch_size: int) -> Iterator[ImageBatch]:
+    waiting = iter(samples)
+    while batch := list(itertools.islice(waiting, batch_size)):
+        images, labels = zip(*batch, strict=True)
         yield ImageBatch(np.stack(images), np.asarray(labels, np.int64))
+
+
+def _file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_MEMBER_BYTES + 1)
+    except OSError as error:
+        raise ProbeDataError(f"{path}: {error}") from error
+    if len(data) > MAX_MEMBER_BYTES:
+        raise ProbeDataError(f"{path}: more than {MAX_MEMBER_BYTES} bytes")
+    return data
+
+
+def _records(path: Path, label_bytes: int) -> Iterator[tuple[np.ndarray, int]]:
+    shape = (3, CIFAR_PX, CIFAR_PX)
+    size = label_bytes + math.prod(shape)
+    try:
+        rows = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise ProbeDataError(f"{path}: {error}") from error
+    if len(rows) % size:
+        raise ProbeDataError(f"{path}: {len(rows)} bytes are no multiple of {size}, it is cut")
+    for row in rows.reshape(-1, size):
+        pixels = np.ascontiguousarray(row[label_bytes:].reshape(shape).transpose(1, 2, 0))
+        yield pixels, int(row[label_bytes - 1])
 
 
 def decode(data: bytes, *, image_px: int, where: str) -> UInt8[np.ndarray, "px px 3"]:

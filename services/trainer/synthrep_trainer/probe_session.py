@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from synthrep_trainer.probe_archive import ImageBatch, read_batches
+from synthrep_trainer.probe_archive import ImageBatch
 from synthrep_trainer.probe_data import ProbeDataset
+from synthrep_trainer.probe_splits import class_names, open_split
 
 VALIDATION_SHARE = 0.2
 
@@ -38,7 +39,12 @@ class ProbeSession:
     def __post_init__(self) -> None:
         """Raises ProbeDataError now, not after the fit, if train or test is missing."""
         for split in ("train", "test"):
-            self.dataset.path(split)
+            self.dataset.require(split)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names by class index, None where the set does not tell them."""
+        return class_names(self.dataset)
 
     @property
     def fitting_splits(self) -> tuple[Literal["train", "val"], ...]:
@@ -51,7 +57,7 @@ class ProbeSession:
         """The images of a fitting part; raises ProbeDataError where the archive is at fault."""
         if split not in ("train", "val"):
             raise TestIsSealedError(f"{split!r} is not for fitting; see test_batches")
-        return read_batches(self.dataset.path(split), image_px=image_px)
+        return open_split(self.dataset, split, image_px=image_px)
 
     def record(self, choices: Choices, *, store: Callable[[Choices], None] | None = None) -> None:
         """Fix what validation has chosen; `store` makes it durable first, and may refuse."""
@@ -67,7 +73,7 @@ class ProbeSession:
         """The test images; raises TestIsSealedError unless choices have been recorded."""
         if self._choices is None:
             raise TestIsSealedError(f"{self.dataset.name}: record the choices before opening test")
-        return read_batches(self.dataset.path("test"), image_px=image_px)
+        return open_split(self.dataset, "test", image_px=image_px)
 
 
 def validation_mask(labels: Int64[np.ndarray, " n"], *, seed: int) -> Bool[np.ndarray, " n"]:

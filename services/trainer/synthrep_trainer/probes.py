@@ -27,7 +27,7 @@ from synthrep_trainer.checkpoint_folders import open_checkpoint
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
 from synthrep_trainer.errors import NoCheckpointError
-from synthrep_trainer.probe_data import ProbeDataError, probe_datasets
+from synthrep_trainer.probe_data import ProbeDataError, known_datasets
 from synthrep_trainer.probe_protocols import LinearProtocol, NeighbourProtocol, ProbeProtocol
 from synthrep_trainer.probing import BASELINES, probe
 from synthrep_trainer.records import Failure
@@ -70,7 +70,7 @@ def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> N
     """Write the probe's result. Raises NoCheckpointError, ProbeDataError, ValueError."""
     request = folder.record.request
     checkpoint = _find_checkpoint(request, place)
-    dataset = probe_datasets(settings.probe_data).get(request.dataset)
+    dataset = known_datasets(settings).get(request.dataset)
     if dataset is None:
         raise ProbeDataError(f"there is no labelled set {request.dataset!r} any more")
     config, trained, untrained = encoders_of(checkpoint, request.weights)

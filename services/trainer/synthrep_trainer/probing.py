@@ -156,7 +156,7 @@ def _fitting_parts(
         _extract(session.fitting_batches(split, image_px=image_px), extractors)
         for split in session.fitting_splits
     ]
-    names = _class_names(session.dataset, parts)
+    names = _class_names(session, parts)
     labels = np.concatenate([part.labels for part in parts])
     if len(parts) > 1:
         is_val = np.arange(len(labels)) >= len(parts[0].labels)
@@ -170,23 +170,23 @@ def _fitting_parts(
     return {name: FittingPart(rows, labels, is_val) for name, rows in features.items()}, names
 
 
-def _class_names(dataset: ProbeDataset, parts: Sequence[_Part]) -> tuple[str, ...]:
+def _class_names(session: ProbeSession, parts: Sequence[_Part]) -> tuple[str, ...]:
     """Names by class index; raises ProbeDataError unless train has each class, and two of them."""
-    where = f"{dataset.name}: train"
-    labels = parts[0].labels
-    names = dataset.class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
+    where = f"{session.dataset.name}: train"
+    labels, known = parts[0].labels, session.class_names
+    names = known or tuple(str(i) for i in range(int(labels.max()) + 1))
     if len(names) < 2 or (labels == labels[0]).all():
         raise ProbeDataError(f"{where} has one class only, at least two are needed")
     if labels.max() >= len(names):
         raise ProbeDataError(
             f"{where} has class index {labels.max()}, classes.txt names {len(names)} classes"
         )
-    if dataset.class_names is not None:
+    if known is not None:
         absent = sorted(set(range(len(names))) - set(labels.tolist()))
         if absent:
             raise ProbeDataError(f"{where} has no image of class {absent[0]}, {names[absent[0]]!r}")
     for part in parts[1:]:
-        _require_known(part.labels, labels, f"{dataset.name}: val")
+        _require_known(part.labels, labels, f"{session.dataset.name}: val")
     return names
 
 

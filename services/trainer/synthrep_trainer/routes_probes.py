@@ -22,7 +22,7 @@ from synthrep_trainer.context import (
     parse_body,
     readable,
 )
-from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, probe_datasets
+from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, known_datasets
 from synthrep_trainer.problems import too_many
 from synthrep_trainer.views import probe_view
 
@@ -62,7 +62,7 @@ def submit(
 
 def _check(context: Context, caller: Principal, request: ProbeRequest) -> None:
     """Raises what becomes 422 or 429; another owner's run is none."""
-    if request.dataset not in probe_datasets(context.settings.probe_data):
+    if request.dataset not in known_datasets(context.settings):
         raise HTTPException(422, "there is no such labelled set, see GET /v1/probe-datasets")
     if request.run_id is not None and not context.may_probe(caller, request.run_id):
         raise HTTPException(422, "there is no such run")
@@ -113,7 +113,7 @@ def get(context: ContextDep, caller: CallerDep, probe_id: ProbeId) -> ProbeView:
 def list_sets(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeSetView]:
     """Those that travel with the service and those of its folder of labelled sets."""
     try:
-        sets = probe_datasets(context.settings.probe_data)
+        sets = known_datasets(context.settings)
     except ProbeDataError as error:
         raise HTTPException(503, "the folder of labelled sets cannot be read") from error
     names = sorted(name for name in sets if cursor is None or name > cursor)

@@ -30,7 +30,7 @@ from synthrep_trainer.context import (
 )
 from synthrep_trainer.errors import RunError
 from synthrep_trainer.metrics import StepMetrics, read_metrics
-from synthrep_trainer.probe_data import probe_datasets
+from synthrep_trainer.probe_data import known_datasets
 from synthrep_trainer.problems import too_many
 from synthrep_trainer.records import Wanted
 from synthrep_trainer.runs import RunFolder
@@ -84,7 +84,7 @@ def _check(context: Context, caller: Principal, request: RunRequest) -> None:
             check_source(generator_of(request, context.settings), context.settings)
         except RunError as error:
             raise HTTPException(422, str(error)) from error
-    known = probe_datasets(context.settings.probe_data) if request.probe_datasets else {}
+    known = known_datasets(context.settings) if request.probe_datasets else {}
     if not known.keys() >= set(request.probe_datasets):
         raise HTTPException(422, "there is no such labelled set, see GET /v1/probe-datasets")
     processes = context.settings.processes_per_run

@@ -31,6 +31,9 @@ class TrainerSettings(ServiceSettings):
     """Folder of the runs and probes; the API, the launcher and its processes see the same one."""
     probe_data: Path | None = Field(default_factory=_shared_probe_data)
     """Folder with `probe/NAME/{train,val,test}.tar`; without it SYNTHREP_PROBE_DATA is taken."""
+    probe_originals: Path | None = None
+    """Folder with published labelled sets as torchvision and their authors lay them out, for one
+    `cifar-10-batches-bin`, `food-101`, `VOCdevkit/VOC2007`; empty: none."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     """Device of train processes; `auto` takes CUDA where there is one."""
     probe_device: str = Field(default="cpu", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
