@@ -103,7 +103,7 @@ def test_kill_9_at_random_moments_leaves_the_curve_as_it_was(shard_maker, tmp_pa
     place = Workplace(tmp_path / "runs")
     request = RunRequest(
         dataset="birds", max_steps=steps, image_size=16, captions_per_batch=4,
-        images_per_caption=2, checkpoint_every=3, seed=5,
+        images_per_caption=2, checkpoint_every=3, seed=5, max_uses_per_image=10_000,
     )  # fmt: skip
     whole, cut = place.submit_run(request), place.submit_run(request)
     names = sorted(TRAINER_NAMES)

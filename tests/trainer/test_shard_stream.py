@@ -336,18 +336,18 @@ def test_only_the_newest_groups_are_drawn_within_the_age_limit(shard_maker, tmp_
     assert sorted(first) == list(range(6))
 
 
-def test_groups_that_age_while_others_come_do_not_count_for_a_window(shard_maker, tmp_path):
-    sampling = plan(max_age_groups=8, max_uses_per_image=2)  # of 3 images: 3 uses
-    shard_maker.commit(6, images=3)
+def test_a_window_that_ages_as_it_opens_is_completed_by_the_next(shard_maker, tmp_path):
+    sampling = plan(max_age_groups=6)
+    shard_maker.commit(6)
     stream = ShardStream(shard_maker.paths, tmp_path, sampling)
-    for _ in range(3):
-        stream.next_batch(NEVER)
-    shard_maker.commit(4, images=3)
-    shard_maker.commit(1, images=3)
-    assert stream.next_batch(AT_ONCE) is None  # five are left of six
-    shard_maker.commit(1, images=3)
-    again = ShardStream(shard_maker.paths, tmp_path, sampling, step=3, cursor=Cursor(2, 6))
-    assert {g.group for g in again.next_batch(NEVER).groups} == set(range(6, 12))
+    stream.next_batch(NEVER)
+    shard_maker.commit(4, break_file=lambda data: data[1:])  # two good ones stay young enough
+    assert stream.next_batch(AT_ONCE) is None
+    shard_maker.commit(6)
+    again = ShardStream(shard_maker.paths, tmp_path, sampling, step=1, cursor=Cursor(0, 6))
+    batches = [{g.group for g in again.next_batch(NEVER).groups} for _ in range(3)]
+    assert batches[-1] == set(range(10, 16))
+    assert all(len(groups) == 6 for groups in batches)
 
 
 def test_training_waits_for_its_ratio(shard_maker, tmp_path):

@@ -102,16 +102,17 @@ class AdmittedLog:
         return True
 
     def _count_usable(self, window: int, taken: set[int]) -> int:
-        """Groups that `window` would have if it admitted what was scouted, about."""
-        newer = fresh = 0
-        for record in self._scouted:
-            if record.kind == "shard":
-                count = self.index.count_trainable(record)
-                newer += count
-                fresh += 0 if self._store.is_bad(record.seq) else count
-        groups = self.index.eligible(window, self._plan, newer=newer)
-        oldest = self._plan.max_age_groups
-        return self.index.count_usable(groups, taken) + min(fresh, oldest or fresh)
+        """Groups that `window` would have if it admitted what was scouted.
+
+        With an age limit it may have fewer, as some get too old by that: the next window then
+        completes the batch.
+        """
+        fresh = sum(
+            self.index.count_trainable(record)
+            for record in self._scouted
+            if record.kind == "shard" and not self._store.is_bad(record.seq)
+        )
+        return self.index.count_usable(self.eligible(window), taken) + fresh
 
     def scout(self, *, limit_s: float = 0.0) -> bool:
         """Verify shards that the log has and no window admitted, one at least, until `limit_s`.

@@ -71,9 +71,9 @@ class GroupIndex:
         for group in record.groups:
             self._live["rejected"][self._live["gid"] == group.gid.encode()] = True
 
-    def eligible(self, window: int, plan: SamplingPlan, *, newer: int = 0) -> Integers:
+    def eligible(self, window: int, plan: SamplingPlan) -> Integers:
         """The groups that `window` uses: not held out, rejected or too old, below the bound on
-        their uses; `newer` groups that are not taken in yet count for their age.
+        their uses.
 
         Groups of bad shards are among them: a shard may turn bad after the window has opened.
         """
@@ -82,9 +82,7 @@ class GroupIndex:
         is_in = ~(rows["rejected"] | rows["held_out"])
         is_usable = is_in & (window - rows["admitted"] < allowed)
         if plan.max_age_groups is not None:
-            young = max(plan.max_age_groups - newer, 0)
-            old = np.flatnonzero(is_in)[: max(int(is_in.sum()) - young, 0)]
-            is_usable[old] = False
+            is_usable[np.flatnonzero(is_in)[: -plan.max_age_groups]] = False
         return np.flatnonzero(is_usable)
 
     def num_images_unused(self, groups: Integers, window: int) -> int:
