@@ -187,8 +187,8 @@ def watch() -> None:
                 table.add_row("batch", b.id[:12], b.dataset, b.state, done,
                               f"{_number(b.images_per_s)} images/s", "")  # fmt: skip
             for r in client.runs():
-                table.add_row("run", r.id[:12], str(r.request.get("dataset")), r.state,
-                              f"step {r.step}/{r.max_steps}",
+                table.add_row("run", r.id[:12], r.request.get("dataset") or r.request["source_url"],
+                              r.state, f"step {r.step}/{r.max_steps}",
                               f"{_number(r.images_per_s)} images/s", _number(r.loss))  # fmt: skip
             live.update(table)
             time.sleep(_WATCH_S)
@@ -196,7 +196,8 @@ def watch() -> None:
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Option(help="Data set to follow; may still be empty.")],
+    dataset: Annotated[str | None, typer.Option(help="Data set to follow; may be empty.")] = None,
+    source_url: Annotated[str | None, typer.Option(help="Or its address, http://…/D.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -215,9 +216,8 @@ def train(
 ) -> None:
     """Start a training run."""
     with errors_in_one_sentence(), SynthRep() as client:
-        fields = _run_fields(preset, config) | {"dataset": dataset}
-        if max_steps is not None:
-            fields["max_steps"] = max_steps
+        given = {"dataset": dataset, "source_url": source_url, "max_steps": max_steps}
+        fields = _run_fields(preset, config) | {k: v for k, v in given.items() if v is not None}
         run = client.train(RunRequest.model_validate(fields))
         if as_json:
             print_json(run)
