@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-bench
 SOURCES := shared services cli models tests deploy k8s $(wildcard benchmarks)
 
-.PHONY: help install format lint types imports manifests test test-long bench chaos e2e-s3 e2e-hosts e2e-compose check demo up down clean
+.PHONY: help install format lint types imports manifests test test-long bench chaos e2e-s3 e2e-hosts e2e-compose check demo reproduce reproduce-full up down clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
@@ -72,6 +72,12 @@ check: lint types imports manifests test ## Everything that must hold before a c
 
 demo: $(STAMP) ## The whole loop on this machine, in about ten minutes
 	$(BIN)/synthrep demo
+
+reproduce: $(STAMP) ## The paper's comparison at CPU size, resumable; half an hour: CONFIG=experiments/pilot.toml
+	$(BIN)/synthrep compare --config $(or $(CONFIG),experiments/reproduce.toml)
+
+reproduce-full: $(STAMP) ## The same with the ablations
+	$(BIN)/synthrep compare --config $(or $(CONFIG),experiments/reproduce.toml) --ablations
 
 up: $(STAMP) ## All services in this terminal
 	$(BIN)/synthrep up

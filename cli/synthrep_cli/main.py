@@ -12,7 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from synthrep_cli import dataset_commands, export_command, models_commands, regenerate_command
+from synthrep_cli import (
+    compare_command,
+    dataset_commands,
+    export_command,
+    models_commands,
+    regenerate_command,
+)
 from synthrep_cli import prompts as prompt_files
 from synthrep_cli.fields import parse_fields
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
@@ -274,6 +280,7 @@ def probe(
         Console().print(probe_table([ProbeRow.from_view(view)]))
 
 
+app.command()(compare_command.compare)
 app.command()(export_command.export)
 app.command()(regenerate_command.regenerate)
 

@@ -18,7 +18,7 @@ from synthrep_shared.client import SynthRep
 from synthrep_shared.samples import parse_member_name
 
 _CAPTIONS_SHOWN = 24
-_STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { padding: .3rem .8rem; text-align: right; }
@@ -103,7 +103,7 @@ def _page(report: DemoReport, gallery: list[tuple[str, list[str]]]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>SynthRep demo</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{_STYLE}</style></head><body>
+<style>{PAGE_STYLE}</style></head><body>
 <h1>SynthRep: from captions to a vision encoder</h1>
 <p>{report.groups_committed} captions became {report.images_generated} images, and an encoder
 that began untrained learned from them <b>while they were being made</b>:
@@ -122,7 +122,8 @@ regularisation strength is chosen on a validation split; the test split is read 
 """
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A figure as an `svg` element, to be put into a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     text = buffer.getvalue()
@@ -156,7 +157,7 @@ def _probe_chart(rows: list[ProbeRow]) -> str:
     axes.set_yticks(range(len(rows)), [r.dataset for r in rows])
     axes.set_xlabel("accuracy of a linear classifier, %")
     axes.legend(loc="best", fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _loss_chart(metrics: list[dict[str, Any]]) -> str:
@@ -165,4 +166,4 @@ def _loss_chart(metrics: list[dict[str, Any]]) -> str:
     axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="#1b6ca8")
     axes.set_xlabel("step")
     axes.set_ylabel("multi-positive contrastive loss")
-    return _svg(figure)
+    return svg(figure)

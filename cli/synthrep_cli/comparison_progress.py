@@ -1,0 +1,58 @@
+"""How far a comparison is: a bar with the time left on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_S = 30.0
+_SPEED_OVER_S = 600.0  # runs of different rows differ in speed
+
+
+class Show(Protocol):
+    """Told how much of what is done."""
+
+    def __call__(self, what: str, done: int, total: int, facts: str = "") -> None: ...
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Show]:
+    """The callback; what was done before the first call counts as done, not as speed."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(),
+               TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
+               TextColumn("{task.fields[facts]}"))  # fmt: skip
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER_S) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(what: str, done: int, total: int, facts: str = "") -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, completed=done, total=total, facts=facts)
+            bars.update(tasks[what], completed=done, total=total, facts=facts)
+
+        yield draw
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began: dict[str, tuple[float, int]] = {}
+        self._shown_s = float("-inf")
+
+    def __call__(self, what: str, done: int, total: int, facts: str = "") -> None:
+        now = time.monotonic()
+        began_s, first = self._began.setdefault(what, (now, done))
+        if now - self._shown_s < _PLAIN_EVERY_S and done < total:
+            return
+        self._shown_s = now
+        rate = (done - first) / (now - began_s) if now > began_s else 0.0
+        left = f", about {(total - done) / rate / 60:.0f} minutes left" if rate else ""
+        text = f"{what}: {done} of {total}{left}" + (f"; {facts}" if facts else "")
+        self._console.print(text, soft_wrap=True)

@@ -1,0 +1,68 @@
+"""A small comparison from end to end, killed in between, and what is not done twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from synthrep_cli import comparison
+from synthrep_cli.comparison import Places, run_comparison
+from synthrep_cli.comparison_config import Comparison
+from synthrep_cli.comparison_report import write_reports
+from synthrep_cli.comparison_rows import read_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.redis, pytest.mark.timeout(300)]
+
+CONFIG = Comparison.model_validate({
+    "name": "micro", "seeds": [0], "probe_sets": ["digits"],
+    "rows": ["stablerep", "simclr-real", "random-init", "pixels"],
+    "generated": {"num_captions": 8, "images_per_caption": 2},
+    "real": {"probe_sets": ["digits"], "max_images": 40},
+    "budget": {"views": 48, "views_per_batch": 16, "views_per_caption": 2},
+    "training": {"image_size": 16, "checkpoint_every": 2},
+})  # fmt: skip
+FAKE = {"SYNTHREP_GENERATOR_SYNTHESIZER": "fake", "SYNTHREP_PROBE_DATA": ""}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL between two results."""
+
+
+def test_rows_are_made_once_and_a_killed_comparison_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SYNTHREP_PROBE_DATA", raising=False)
+    places = Places(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path)
+    record = comparison._record
+
+    def record_one(*arguments) -> None:
+        record(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(comparison, "_record", record_one)
+    with pytest.raises(Killed):
+        run_comparison(CONFIG, places, Console(file=io.StringIO()), FAKE)
+    monkeypatch.setattr(comparison, "_record", record)
+    first = places.rows.read_bytes()
+    assert 0 < len(read_rows(places.rows)) < 4
+
+    done = run_comparison(CONFIG, places, Console(file=io.StringIO()), FAKE)
+    assert places.rows.read_bytes().startswith(first)
+    assert sorted(r.row for r in done.rows) == sorted(CONFIG.rows)
+    assert len(places.rows.read_text().splitlines()) == 4
+    assert (done.failures, done.world) == ([], "drawings")
+    assert {r.cost.views for r in done.rows if r.cost} == {48}
+    assert len(list((places.folder / "trainer/runs").iterdir())) == 2
+
+    write_reports([done], places.folder)
+    report = json.loads((places.folder / "report.json").read_text())
+    assert {r["row"] for r in report["rows"]} == set(CONFIG.rows)
+    assert [s["significant"] for s in report["summary"]] == [False] * 4
+    page = (places.folder / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)
