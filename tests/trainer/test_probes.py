@@ -64,7 +64,7 @@ def run(place):
     return folder
 
 
-@pytest.mark.parametrize("protocol", ["linear", "knn"])
+@pytest.mark.parametrize("protocol", ["linear", "knn", "imagenet-linear"])
 def test_a_runs_newest_checkpoint_is_judged(place, settings, run, protocol):
     request = ProbeRequest(run_id=run.id, dataset="light", protocol=protocol)
     folder = place.submit_probe(request)
@@ -75,6 +75,7 @@ def test_a_runs_newest_checkpoint_is_judged(place, settings, run, protocol):
     assert set(result["baselines"]) == {"majority", "pixels", "random_init"}
     assert result["baselines"]["majority"]["value"] == 0.5
     assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+    assert folder.head.exists() == (protocol != "knn")
     view = probe_view(folder)  # no status yet: the launcher writes it
     assert view.value is None
 
@@ -141,3 +142,9 @@ def test_the_averaged_encoder_is_judged_where_there_is_one(tmp_path, weights, ha
 def test_an_averaged_encoder_that_is_not_there_is_an_error(run):
     with pytest.raises(ValueError, match="holds no averaged encoder"):
         probes.encoders_of(load_newest(run.checkpoints), "ema")
+
+
+def test_few_shot_tasks_that_the_set_cannot_fill_are_refused(place, settings, run):
+    request = ProbeRequest(run_id=run.id, dataset="light", protocol="fewshot")
+    with pytest.raises(ValueError, match="needs 5 classes .* there are 2"):
+        probes.judge(place.submit_probe(request), place, settings)

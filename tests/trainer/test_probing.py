@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import tarfile
 
 import numpy as np
 import pytest
+import safetensors
 from PIL import Image
 
-from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset
+from synthrep_trainer.linear_head import LinearHead
+from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, probe_datasets
+from synthrep_trainer.probe_fewshot import FewShotProtocol
+from synthrep_trainer.probe_layouts import VOC_CLASSES
+from synthrep_trainer.probe_multi_label import OneVersusRestProtocol
 from synthrep_trainer.probe_protocols import NeighbourProtocol
 from synthrep_trainer.probe_scores import wilson_interval
+from synthrep_trainer.probe_sgd import SgdProtocol
+from synthrep_trainer.probe_splits import open_split
 from synthrep_trainer.probing import BASELINES, probe, raw_pixels
 
 
@@ -196,3 +204,76 @@ def test_raw_pixels_are_rgb_at_16_px_as_fractions():
 def test_more_baselines_may_be_added_to_the_default_ones(dataset):
     result = run(dataset, baselines={**BASELINES, "random_init": guess})
     assert set(result.baselines) == {"pixels", "random_init", "majority"}
+
+
+def test_mistakes_are_told_by_pair_of_classes(dataset):
+    (dataset.folder / "classes.txt").write_text("red\ngreen\nblue\n")
+    result = run(dataset, extract=guess, baselines={})
+    assert sum(row.count for row in result.confusion) == round((1 - result.value) * 90)
+    assert all(row.truth != row.predicted for row in result.confusion)
+    counts = [row.count for row in result.confusion]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_the_fitted_classifier_may_be_kept_and_gives_the_same_answers(dataset, tmp_path):
+    (dataset.folder / "classes.txt").write_text("red\ngreen\nblue\n")
+    kept = []
+    result = run(dataset, keep_head=lambda *head: kept.append(head), baselines={})
+    ((head, names),) = kept
+    head.save(tmp_path / "head.safetensors", names=names, protocol="linear/1")
+    with safetensors.safe_open(tmp_path / "head.safetensors", "np") as file:
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert json.loads(file.metadata()["classes"]) == ["red", "green", "blue"]
+    again = LinearHead(**read)
+    (batch,) = open_split(dataset, "test", image_px=6)
+    found = again.predict(see(batch.images).astype(np.float32))
+    assert (found == batch.labels).mean() == result.value
+
+
+@pytest.mark.parametrize(
+    "protocol", [NeighbourProtocol(), SgdProtocol(epochs=2), FewShotProtocol(ways=3, episodes=9)]
+)
+def test_every_protocol_says_its_name_version_and_settings(dataset, protocol):
+    result = run(dataset, protocol=protocol)
+    assert (result.protocol, result.protocol_version) == (protocol.name, protocol.version)
+    assert result.settings == protocol.settings
+    assert set(result.baselines) == {"pixels", "majority"}
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A class is there where the red, green, … of the first pixels is bright."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "VOCdevkit" / "VOC2007"
+    (folder / "JPEGImages").mkdir(parents=True)
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for split, count in (("train", 30), ("val", 20), ("test", 40)):
+        labels = rng.choice([-1, 0, 1], (count, 20), p=[0.6, 0.1, 0.3])
+        for name, column in zip(VOC_CLASSES, labels.T, strict=True):
+            lines = [f"{split}{k} {label:2d}" for k, label in enumerate(column)]
+            (folder / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text("\n".join(lines))
+        for k, row in enumerate(labels):
+            pixels = np.full((8, 160, 3), 40, np.uint8)
+            pixels += np.repeat(row == 1, 8)[None, :, None] * np.uint8(180)
+            image = Image.fromarray(pixels).resize((160, 160))
+            image.save(folder / "JPEGImages" / f"{split}{k}.jpg")
+    return probe_datasets(originals=tmp_path)["voc2007"]
+
+
+def see_stripes(images):
+    return images.mean((1, 3)).reshape(len(images), 20, 2).mean(2)
+
+
+def test_a_set_of_several_labels_is_judged_by_its_mean_average_precision(voc):
+    result = probe(voc, see_stripes, image_px=40, baselines={})
+    assert (result.metric, result.protocol, result.n_test) == ("map_11point", "linear", 40)
+    assert result.value > 0.9
+    assert result.baselines["majority"].value < 0.6
+    assert [row.name for row in result.per_class] == list(VOC_CLASSES)
+
+
+def test_a_protocol_that_does_not_suit_the_labels_is_refused(voc, dataset):
+    with pytest.raises(ValueError, match="voc2007 has several labels an image"):
+        probe(voc, see_stripes, protocol=NeighbourProtocol())
+    with pytest.raises(ValueError, match="colours has one label an image"):
+        run(dataset, protocol=OneVersusRestProtocol())

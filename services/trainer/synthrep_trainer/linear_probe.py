@@ -103,15 +103,19 @@ def fit_each(
 def standardise(
     reference: Float[np.ndarray, "n dim"], *others: Float[np.ndarray, "_ dim"]
 ) -> tuple[Float[np.ndarray, "_ dim"], ...]:
-    """(reference, *others) with the mean and deviation of `reference` taken out of each.
-
-    A dimension that is constant in `reference` is only centred.
-    """
-    mean, deviation = reference.mean(0), reference.std(0)
-    # Rounding leaves a constant dimension with a deviation of about eps times its value.
-    is_constant = deviation <= 10 * np.finfo(reference.dtype).eps * np.abs(mean)
-    deviation = np.where(is_constant, 1, deviation).astype(reference.dtype)
+    """(reference, *others) with the mean and deviation of `reference` taken out of each."""
+    mean, deviation = statistics(reference)
     return tuple((features - mean) / deviation for features in (reference, *others))
+
+
+def statistics(
+    features: Float[np.ndarray, "n dim"],
+) -> tuple[Float[np.ndarray, " dim"], Float[np.ndarray, " dim"]]:
+    """Mean and deviation of each dimension; 1 for one that is constant, so it is only centred."""
+    mean, deviation = features.mean(0), features.std(0)
+    # Rounding leaves a constant dimension with a deviation of about eps times its value.
+    is_constant = deviation <= 10 * np.finfo(features.dtype).eps * np.abs(mean)
+    return mean, np.where(is_constant, 1, deviation).astype(features.dtype)
 
 
 def _require_fittable(features: np.ndarray, labels: np.ndarray, strengths: Sequence[float]) -> None:

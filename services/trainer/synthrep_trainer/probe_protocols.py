@@ -1,20 +1,36 @@
-"""How frozen features are judged: choose on validation, then refit and predict. Pure functions."""
+"""How frozen features are judged: choose on validation, then refit and predict. Pure functions.
+
+What every protocol is and the ones on images of one label that need no training loop; the others
+are in `probe_fewshot`, `probe_multi_label` and `probe_sgd`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from synthrep_trainer.linear_probe import STRENGTHS, fit, fit_each, standardise
+from synthrep_trainer.linear_head import LinearHead
+from synthrep_trainer.linear_probe import STRENGTHS, fit, fit_each, standardise, statistics
 from synthrep_trainer.probe_data import Metric
-from synthrep_trainer.probe_scores import score
+from synthrep_trainer.probe_scores import (
+    ClassScore,
+    Confusion,
+    Score,
+    class_table,
+    confusions,
+    score,
+    score_with_interval,
+)
 
 Features = Float32[np.ndarray, "n dim"]
 Labels = Int64[np.ndarray, " n"]
+AnyLabels = Int64[np.ndarray, "n ..."]
+"""One class index an image, or a row of 1, 0 and -1 (does not count) over the classes."""
 Search = Literal["full", "coarse"]
 
 COARSE_STRIDE = 4  # one decade of STRENGTHS
@@ -29,7 +45,7 @@ class FittingPart:
     """Features of train and val together; `is_val` tells them apart."""
 
     features: Features
-    labels: Labels
+    labels: AnyLabels
     is_val: Bool[np.ndarray, " n"]
 
 
@@ -41,26 +57,72 @@ class Selection:
     curve: tuple[dict[str, float], ...]
 
 
-class ProbeProtocol(Protocol):
-    """A way to judge features; `version` changes with anything that may change a number."""
+@dataclass(frozen=True)
+class Exam:
+    """What the test images are judged by."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> int: ...
-
-    def select(self, part: FittingPart, metric: Metric) -> Selection:
-        """Choose on `part.is_val` what was fitted to the rest."""
-        ...
-
-    def predict(self, part: FittingPart, chosen: float, test: Features) -> Labels:
-        """Labels of `test` by a classifier that saw all of `part`."""
-        ...
+    labels: AnyLabels
+    names: tuple[str, ...]
+    """Of the classes, by index."""
+    metric: Metric
+    seed: int
+    """Of bootstraps and episodes."""
 
 
 @dataclass(frozen=True)
-class LinearProtocol:
+class Verdict:
+    """How one kind of features fared."""
+
+    score: Score
+    per_class: tuple[ClassScore, ...]
+    confusion: tuple[Confusion, ...] = ()
+    head: LinearHead | None = None
+    """The classifier, where the protocol makes one."""
+
+
+class ProbeProtocol(ABC):
+    """A way to judge features; `version` changes with anything that may change a number."""
+
+    name: str
+    version: int
+    is_multi_label: ClassVar[bool] = False
+    """Whether it is for images of several labels."""
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What it was told beside its name, for the result."""
+        return {}
+
+    @abstractmethod
+    def select(self, part: FittingPart, metric: Metric) -> Selection:
+        """Choose on `part.is_val` what was fitted to the rest."""
+
+    @abstractmethod
+    def judge(self, part: FittingPart, chosen: float, test: Features, exam: Exam) -> Verdict:
+        """Judge `test` by a classifier that saw all of `part`."""
+
+    def majority(self, labels: AnyLabels, exam: Exam) -> Score:
+        """What the most frequent of the fitted labels scores everywhere."""
+        most = np.full_like(exam.labels, np.bincount(labels).argmax())
+        return score_with_interval(exam.metric, exam.labels, most, seed=exam.seed)
+
+
+def classified(
+    exam: Exam, predicted: Labels, chosen: float, head: LinearHead | None = None
+) -> Verdict:
+    """The verdict on one predicted label an image."""
+    truth = exam.labels
+    value = score_with_interval(exam.metric, truth, predicted, seed=exam.seed, chosen=chosen)
+    return Verdict(
+        value,
+        class_table(truth, predicted, exam.names),
+        confusions(truth, predicted, exam.names),
+        head,
+    )
+
+
+@dataclass(frozen=True)
+class LinearProtocol(ProbeProtocol):
     """Softmax regression on standardised features; see `linear_probe`.
 
     The statistics are those of train while choosing and of train and val for the final fit. Equal
@@ -97,14 +159,25 @@ class LinearProtocol:
         curve = tuple({"strength": s, "val": tried[s]} for s in sorted(tried))
         return Selection(_best(tried), curve)
 
-    def predict(self, part: FittingPart, chosen: float, test: Features) -> Labels:
+    def judge(self, part: FittingPart, chosen: float, test: Features, exam: Exam) -> Verdict:
         """See ProbeProtocol."""
-        train, rows = standardise(part.features, test)
-        return fit(train, part.labels, [chosen], device=self.device).predict(rows)[0]
+        head = self.fit(part, chosen)
+        return classified(exam, head.predict(test), chosen, head)
+
+    def fit(self, part: FittingPart, chosen: float) -> LinearHead:
+        """The classifier of all of `part`."""
+        mean, deviation = statistics(part.features)
+        rows = (part.features - mean) / deviation
+        probe = fit(rows, part.labels, [chosen], device=self.device)
+        return LinearHead(mean, deviation, probe.weights[0], probe.intercepts[0], probe.classes)
+
+    def predict(self, part: FittingPart, chosen: float, test: Features) -> Labels:
+        """Labels of `test` by the classifier of all of `part`."""
+        return self.fit(part, chosen).predict(test)
 
 
 @dataclass(frozen=True)
-class NeighbourProtocol:
+class NeighbourProtocol(ProbeProtocol):
     """The 20 nearest rows by cosine vote, weighted exp(cosine / 0.07); nothing is chosen."""
 
     name: str = "knn"
@@ -121,8 +194,12 @@ class NeighbourProtocol:
         value = score(metric, part.labels[part.is_val], predicted)
         return Selection(NUM_NEIGHBOURS, ({"neighbours": NUM_NEIGHBOURS, "val": value},))
 
+    def judge(self, part: FittingPart, chosen: float, test: Features, exam: Exam) -> Verdict:
+        """See ProbeProtocol."""
+        return classified(exam, self.predict(part, chosen, test), chosen)
+
     def predict(self, part: FittingPart, chosen: float, test: Features) -> Labels:
-        """See ProbeProtocol; a bank of fewer rows than `chosen` votes as a whole."""
+        """Labels of `test` by all of `part`; fewer rows than `chosen` vote as a whole."""
         bank, rows = _unit_rows(part.features), _unit_rows(test)
         count = min(int(chosen), len(bank))
         one_hot = np.eye(int(part.labels.max()) + 1, dtype=np.float32)[part.labels]

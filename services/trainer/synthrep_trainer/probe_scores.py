@@ -13,6 +13,7 @@ from synthrep_trainer.probe_data import Metric
 
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 NUM_RESAMPLES = 10_000
+MAX_CONFUSIONS = 1000
 
 Labels = Int64[np.ndarray, " n"]
 
@@ -38,7 +39,18 @@ class ClassScore(BaseModel):
     name: str
     n_test: int
     value: float | None
-    """Share of its test images that were named rightly; None without test images."""
+    """Share of its test images that were named rightly, or its average precision; None without
+    test images."""
+
+
+class Confusion(BaseModel):
+    """Test images of one class that were taken for another."""
+
+    model_config = ConfigDict(frozen=True)
+
+    truth: str
+    predicted: str
+    count: int
 
 
 class ProbeResult(BaseModel):
@@ -54,10 +66,15 @@ class ProbeResult(BaseModel):
     ci95: tuple[float, float]
     n_test: int
     chosen: float
-    """The strength (`linear`) or the number of neighbours (`knn`)."""
+    """The strength (`linear`), the number of neighbours (`knn`), the learning rate
+    (`imagenet-linear`) or the number of shots (`fewshot`)."""
+    settings: dict[str, float] = {}
+    """What else the protocol was told."""
     curve: tuple[dict[str, float], ...]
     """Each candidate with its score on validation: `{"strength": …, "val": …}`."""
     per_class: tuple[ClassScore, ...]
+    confusion: tuple[Confusion, ...] = ()
+    """The classes most often taken for another, at most MAX_CONFUSIONS pairs."""
     hits: str = ""
     """Which test images were named rightly, see `pack_hits`; pairs this result with another's."""
     baselines: dict[str, Score] = {}
@@ -67,9 +84,14 @@ class ProbeResult(BaseModel):
 
 
 def score(metric: Metric, truth: Labels, predicted: Labels) -> float:
-    """Share of rows that are right, or the mean of that share over the classes of `truth`."""
+    """Share of rows that are right, or the mean of that share over the classes of `truth`.
+
+    Raises ValueError for another metric; that of several labels an image is in `eleven_point`.
+    """
     if metric == "accuracy":
         return float((truth == predicted).mean())
+    if metric != "mean_per_class":
+        raise ValueError(f"{metric} needs a protocol for images of several labels")
     num_rows, num_right = _counts(truth, predicted)
     return float((num_right / num_rows).mean())
 
@@ -121,6 +143,19 @@ def class_table(truth: Labels, predicted: Labels, names: Sequence[str]) -> tuple
         value = float(right.mean()) if len(right) else None
         rows.append(ClassScore(name=name, n_test=len(right), value=value))
     return tuple(rows)
+
+
+def confusions(
+    truth: Labels, predicted: Labels, names: Sequence[str], *, limit: int = MAX_CONFUSIONS
+) -> tuple[Confusion, ...]:
+    """The pairs of classes that were mixed up, the most frequent first."""
+    is_wrong = truth != predicted
+    pairs = np.stack([truth[is_wrong], predicted[is_wrong]], 1)
+    kinds, counts = np.unique(pairs, axis=0, return_counts=True)
+    return tuple(
+        Confusion(truth=names[kinds[i][0]], predicted=names[kinds[i][1]], count=int(counts[i]))
+        for i in np.argsort(-counts, kind="stable")[:limit]
+    )
 
 
 def _counts(truth: Labels, predicted: Labels) -> tuple[Labels, Labels]:

@@ -27,9 +27,11 @@ from synthrep_trainer.checkpoint_folders import open_checkpoint
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
 from synthrep_trainer.errors import NoCheckpointError
-from synthrep_trainer.probe_data import ProbeDataError, known_datasets
-from synthrep_trainer.probe_protocols import LinearProtocol, NeighbourProtocol, ProbeProtocol
-from synthrep_trainer.probing import BASELINES, probe
+from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, known_datasets
+from synthrep_trainer.probe_fewshot import FewShotProtocol
+from synthrep_trainer.probe_protocols import NeighbourProtocol, ProbeProtocol
+from synthrep_trainer.probe_sgd import SgdProtocol
+from synthrep_trainer.probing import BASELINES, default_protocol, probe
 from synthrep_trainer.records import Failure
 from synthrep_trainer.runs import ProbeFolder, Workplace
 from synthrep_trainer.settings import TrainerSettings
@@ -75,20 +77,32 @@ def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> N
         raise ProbeDataError(f"there is no labelled set {request.dataset!r} any more")
     config, trained, untrained = encoders_of(checkpoint, request.weights)
     device = choose_device(settings.probe_device)
-    protocol: ProbeProtocol = LinearProtocol(device=str(device))
-    if request.protocol == "knn":
-        protocol = NeighbourProtocol()
+    protocol = _protocol(request, dataset, device=str(device))
     result = probe(
         dataset,
         FrozenEncoder(trained, device),
         image_px=config.image_size_px,
         protocol=protocol,
         baselines={**BASELINES, "random_init": FrozenEncoder(untrained, device)},
+        keep_head=lambda head, names: head.save(
+            folder.head, names=names, protocol=f"{protocol.name}/{protocol.version}"
+        ),
     )
     answer = result.model_dump(mode="json") | {
         "checkpoint": str(checkpoint.path.relative_to(place.root))
     }
     publish_bytes(json.dumps(answer).encode(), folder.result, replace=True)
+
+
+def _protocol(request: ProbeRequest, dataset: ProbeDataset, *, device: str) -> ProbeProtocol:
+    """The protocol that a request asks for; raises ProbeDataError if the set cannot be judged."""
+    if request.protocol == "knn":
+        return NeighbourProtocol()
+    if request.protocol == "fewshot":
+        return FewShotProtocol(episodes=request.episodes)
+    if request.protocol == "imagenet-linear":
+        return SgdProtocol(batch_norm=request.batch_norm, device=device)
+    return default_protocol(dataset.metric, device=device)
 
 
 def _find_checkpoint(request: ProbeRequest, place: Workplace) -> Checkpoint:

@@ -19,16 +19,19 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from synthrep_trainer.linear_head import LinearHead
 from synthrep_trainer.probe_archive import ImageBatch
-from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset
+from synthrep_trainer.probe_data import Metric, ProbeDataError, ProbeDataset
+from synthrep_trainer.probe_multi_label import OneVersusRestProtocol
 from synthrep_trainer.probe_protocols import (
+    AnyLabels,
+    Exam,
     Features,
     FittingPart,
-    Labels,
     LinearProtocol,
     ProbeProtocol,
 )
-from synthrep_trainer.probe_scores import ProbeResult, class_table, score_with_interval
+from synthrep_trainer.probe_scores import ProbeResult
 from synthrep_trainer.probe_session import Choices, ProbeSession, validation_mask
 
 PIXELS_PX = 16
@@ -60,6 +63,7 @@ def probe(
     baselines: Mapping[str, Extractor] = BASELINES,
     seed: int = 0,
     store: Callable[[Choices], None] | None = None,
+    keep_head: Callable[[LinearHead, tuple[str, ...]], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> ProbeResult:
     """Judge features on a labelled set.
@@ -68,57 +72,71 @@ def probe(
         dataset: from `probe_datasets`.
         extract: the features to judge.
         image_px: side of the images that the extractors are given.
-        protocol: `LinearProtocol()` unless given.
+        protocol: the linear one that suits the set, unless given.
         baselines: other features to judge on the same images, by name; for one,
             `{**BASELINES, "random_init": …}`. `majority` is always added.
         seed: of the validation rows, where the set has none of its own, and of the bootstrap.
         store: called with the choices before the test part is opened, to make them durable.
+        keep_head: given the fitted classifier of `extract` and the names of the classes, where the
+            protocol makes one.
         clock: seconds, monotonic.
 
-    Raises ProbeDataError where the set is at fault, ValueError where an extractor is.
+    Raises ProbeDataError where the set is at fault, ValueError where an extractor is, or the
+    protocol does not suit the set.
     """
     started = clock()
-    protocol = protocol or LinearProtocol()
     session, metric = ProbeSession(dataset), dataset.metric
+    protocol = protocol or default_protocol(metric)
+    _require_suited(protocol, dataset)
     extractors = {_JUDGED: extract, **baselines}
     parts, names = _fitting_parts(session, extractors, image_px=image_px, seed=seed)
     selections = {name: protocol.select(part, metric) for name, part in parts.items()}
     session.record({name: s.chosen for name, s in selections.items()}, store=store)
 
     test = _extract(session.test_batches(image_px=image_px), extractors)
-    fitted_labels = parts[_JUDGED].labels
-    _require_known(test.labels, fitted_labels, f"{dataset.name}: test")
-    predicted = {
-        name: protocol.predict(part, selections[name].chosen, test.features[name])
+    _require_known(test.labels, parts[_JUDGED].labels, f"{dataset.name}: test")
+    exam = Exam(test.labels, names, metric, seed)
+    verdicts = {
+        name: protocol.judge(part, selections[name].chosen, test.features[name], exam)
         for name, part in parts.items()
     }
-    majority = np.full_like(test.labels, np.bincount(fitted_labels).argmax())
-    scores = {
-        name: score_with_interval(
-            metric,
-            test.labels,
-            rows,
-            seed=seed,
-            chosen=selections[name].chosen if name in selections else None,
-        )
-        for name, rows in {**predicted, "majority": majority}.items()
-    }
-    judged, selection = scores.pop(_JUDGED), selections[_JUDGED]
+    majority = protocol.majority(parts[_JUDGED].labels, exam)
+    judged, selection = verdicts[_JUDGED], selections[_JUDGED]
+    if keep_head is not None and judged.head is not None:
+        keep_head(judged.head, names)
     return ProbeResult(
         dataset=dataset.name,
         protocol=protocol.name,
         protocol_version=protocol.version,
         metric=metric,
-        value=judged.value,
-        ci95=judged.ci95,
+        value=judged.score.value,
+        ci95=judged.score.ci95,
         n_test=len(test.labels),
         chosen=selection.chosen,
+        settings=protocol.settings,
         curve=selection.curve,
-        per_class=class_table(test.labels, predicted[_JUDGED], names),
-        hits=judged.hits,
-        baselines=scores,
+        per_class=judged.per_class,
+        confusion=judged.confusion,
+        hits=judged.score.hits,
+        baselines={**{name: verdicts[name].score for name in baselines}, "majority": majority},
         seconds=clock() - started,
     )
+
+
+def default_protocol(metric: Metric, *, device: str = "cpu") -> ProbeProtocol:
+    """The linear probe for a set that is scored so."""
+    if metric == "map_11point":
+        return OneVersusRestProtocol(device=device)
+    return LinearProtocol(device=device)
+
+
+def _require_suited(protocol: ProbeProtocol, dataset: ProbeDataset) -> None:
+    if protocol.is_multi_label != (dataset.metric == "map_11point"):
+        several = "several labels" if dataset.metric == "map_11point" else "one label"
+        raise ValueError(
+            f"{dataset.name} has {several} an image, for which the protocol "
+            f"{type(protocol).__name__} is not made"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,12 +144,12 @@ class _Part:
     """One split after extraction."""
 
     features: dict[str, Features]
-    labels: Labels
+    labels: AnyLabels
 
 
 def _extract(batches: Iterable[ImageBatch], extractors: Mapping[str, Extractor]) -> _Part:
     features: dict[str, list[Features]] = {name: [] for name in extractors}
-    labels: list[Labels] = []
+    labels: list[AnyLabels] = []
     for batch in batches:
         labels.append(batch.labels)
         for name, extract in extractors.items():
@@ -174,6 +192,9 @@ def _class_names(session: ProbeSession, parts: Sequence[_Part]) -> tuple[str, ..
     """Names by class index; raises ProbeDataError unless train has each class, and two of them."""
     where = f"{session.dataset.name}: train"
     labels, known = parts[0].labels, session.class_names
+    if labels.ndim > 1:
+        assert known is not None, "sets of several labels name their classes"
+        return known
     names = known or tuple(str(i) for i in range(int(labels.max()) + 1))
     if len(names) < 2 or (labels == labels[0]).all():
         raise ProbeDataError(f"{where} has one class only, at least two are needed")
@@ -190,7 +211,7 @@ def _class_names(session: ProbeSession, parts: Sequence[_Part]) -> tuple[str, ..
     return names
 
 
-def _require_known(labels: Labels, train: Labels, where: str) -> None:
+def _require_known(labels: AnyLabels, train: AnyLabels, where: str) -> None:
     unknown = np.setdiff1d(labels, train)
     if len(unknown):
         raise ProbeDataError(f"{where} has class index {unknown[0]}, which train has not")

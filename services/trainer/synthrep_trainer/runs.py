@@ -7,7 +7,8 @@
               failure.json      last words of a train process that failed
               admissions.jsonl  metrics.jsonl  quarantine/  checkpoints/  log.txt
     claims/{runs,probes}/     which id an Idempotency-Key was given; the API's
-    probes/<id>/request.json  status.json  result.json  failure.json  lease  log.txt
+    probes/<id>/request.json  status.json  result.json  head.safetensors
+                          failure.json  lease  log.txt
 
 Each file has one writer and is replaced whole, so no reader ever waits. Needs no torch.
 """
@@ -124,6 +125,7 @@ class ProbeFolder(WorkFolder):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.result = path / "result.json"
+        self.head = path / "head.safetensors"
 
     @property
     def record(self) -> ProbeRecord:

@@ -210,8 +210,12 @@ class ProbeRequest(Request):
     """A checkpoint as `GET /v1/runs/{id}/checkpoints` names it."""
     dataset: ProbeSetName
     """Name of a labelled set, see `GET /v1/probe-datasets`."""
-    protocol: Literal["linear", "knn"] = "linear"
+    protocol: Literal["linear", "knn", "fewshot", "imagenet-linear"] = "linear"
     """How frozen features are judged."""
+    episodes: int = Field(default=5000, ge=10, le=100_000)
+    """Tasks that `fewshot` draws."""
+    batch_norm: bool = False
+    """Whether `imagenet-linear` normalises features by batch, without parameters."""
     weights: Literal["auto", "last", "ema"] = "auto"
     """Which encoder: of the last step, or averaged; auto: averaged where the checkpoint has it."""
 
@@ -236,8 +240,12 @@ class ProbeView(Answer):
     ci95: tuple[float, float] | None = None
     n_test: int | None = None
     chosen: float | None = None
+    settings: dict[str, float] | None = None
+    """What the protocol was told beside its name."""
     curve: list[dict[str, float]] | None = None
     per_class: list[dict[str, Any]] | None = None
+    confusion: list[dict[str, Any]] | None = None
+    """`{"truth": …, "predicted": …, "count": …}`, the most frequent mistakes first."""
     hits: str | None = None
     """A bit a test image, by class, then by place in the set, hex; 1: named rightly."""
     baselines: dict[str, Any] | None = None
