@@ -24,6 +24,7 @@ from synthrep_shared.messages import (
     BatchAccepted,
     BatchView,
     CheckpointView,
+    ComparisonView,
     DatasetView,
     FailureView,
     GroupView,
@@ -210,6 +211,11 @@ class SynthRep(Calls):
         answer = self.request("GET", f"{self.trainer_url}/v1/probe-datasets")
         items: list[dict[str, Any]] = answer["items"]
         return items
+
+    def comparison(self, name: str) -> ComparisonView:
+        """The table of a comparison, as far as it has come."""
+        url = f"{self.trainer_url}/v1/comparisons/{name}"
+        return ComparisonView.model_validate(self.request("GET", url))
 
     def start_probe(self, probe: ProbeRequest, *, idempotency_key: str | None = None) -> ProbeView:
         """Start a probe of a run's newest checkpoint, or of a checkpoint."""

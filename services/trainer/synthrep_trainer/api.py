@@ -20,7 +20,7 @@ from pydantic.json_schema import models_json_schema
 from synthrep_shared.asgi import App, Guard, describe_keys
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import ProbeRequest, Problem, RunRequest
-from synthrep_trainer import routes_probes, routes_runs, routes_service
+from synthrep_trainer import routes_comparisons, routes_probes, routes_runs, routes_service
 from synthrep_trainer.context import Context, authorise
 from synthrep_trainer.problems import install_problem_handlers
 from synthrep_trainer.runs import Workplace
@@ -29,7 +29,12 @@ from synthrep_trainer.settings import TrainerSettings
 _log = logging.getLogger(__name__)
 _VERSION = "0.1.0"
 _GRACE_S = 5
-_ROUTERS = (routes_runs.router, routes_probes.router, routes_service.router)
+_ROUTERS = (
+    routes_runs.router,
+    routes_probes.router,
+    routes_comparisons.router,
+    routes_service.router,
+)
 
 
 def create_app(settings: TrainerSettings) -> App:

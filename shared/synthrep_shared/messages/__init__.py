@@ -1,5 +1,6 @@
 """What travels over REST: requests and answers of both services, used by them and by the client."""
 
+from synthrep_shared.messages.comparison import ComparisonCell, ComparisonView
 from synthrep_shared.messages.fields import (
     MAX_PROMPT_CHARACTERS,
     MAX_PROMPTS_PER_REQUEST,
@@ -57,6 +58,8 @@ __all__ = [
     "BatchRequest",
     "BatchView",
     "CheckpointView",
+    "ComparisonCell",
+    "ComparisonView",
     "DatasetName",
     "DatasetView",
     "FailureView",
