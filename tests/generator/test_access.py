@@ -29,6 +29,7 @@ SCOPES = {
     "GET /v1/batches/{batch_id}/failures": "read",
     "GET /v1/datasets": "read",
     "GET /v1/datasets/{dataset}": "read",
+    "GET /v1/datasets/{dataset}/records": "read",
     "GET /v1/datasets/{dataset}/shards": "read",
     "GET /v1/datasets/{dataset}/shards/{name}": "read",
     "GET /v1/events": "read",

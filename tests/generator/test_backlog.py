@@ -44,12 +44,13 @@ def test_stalled_redis_keeps_nobody_waiting(backlog):
     release = threading.Event()
     backlog.queue_view = release.wait
     live = LiveWork(backlog)
+    num_threads = threading.active_count()
     started = time.perf_counter()
     for _ in range(3):
         assert live.running() == {}
         assert live.workers() == ()
     assert time.perf_counter() - started < 2.0
-    assert threading.active_count() < 10
+    assert threading.active_count() <= num_threads + 1
     release.set()
 
 
