@@ -20,7 +20,14 @@ from rich.console import Console
 
 from synthrep_cli.comparison_config import BASELINES, Comparison, ComparisonError
 from synthrep_cli.comparison_progress import Show, progress
-from synthrep_cli.comparison_rows import Cost, ResultRow, append_rows, missing_sets, read_rows
+from synthrep_cli.comparison_rows import (
+    METRICS,
+    Cost,
+    ResultRow,
+    append_rows,
+    missing_sets,
+    read_rows,
+)
 from synthrep_cli.comparison_worlds import (
     captions_of,
     import_real,
@@ -125,10 +132,11 @@ def run_comparison(
 
 
 def _sets(config: Comparison, client: SynthRep) -> list[str]:
-    known = [s["name"] for s in client.probe_datasets() if not s.get("error")]
+    """The sets to judge on; those of several labels an image cannot be paired image by image."""
+    known = [s["name"] for s in client.probe_datasets() if s.get("metric") in METRICS]
     unknown = set(config.probe_sets) - set(known)
     if unknown:
-        raise ComparisonError(f"there is no labelled set {min(unknown)}; known: {', '.join(known)}")
+        raise ComparisonError(f"{min(unknown)} cannot be judged on; known: {', '.join(known)}")
     return list(config.probe_sets) or known
 
 

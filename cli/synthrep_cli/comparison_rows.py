@@ -14,6 +14,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+METRICS = ("accuracy", "mean_per_class")
+"""Those that are means of hits."""
+
 
 class Cost(BaseModel):
     """What a run took."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from synthrep_cli import comparison
@@ -19,14 +22,31 @@ from synthrep_cli.comparison_rows import read_rows
 pytestmark = [pytest.mark.e2e, pytest.mark.redis, pytest.mark.timeout(300)]
 
 CONFIG = Comparison.model_validate({
-    "name": "micro", "seeds": [0], "probe_sets": ["digits"],
+    "name": "micro", "seeds": [0], "probe_sets": ["stripes"],
     "rows": ["stablerep", "simclr-real", "random-init", "pixels"],
     "generated": {"num_captions": 8, "images_per_caption": 2},
     "real": {"probe_sets": ["digits"], "max_images": 40},
     "budget": {"views": 48, "views_per_batch": 16, "views_per_caption": 2},
     "training": {"image_size": 16, "checkpoint_every": 2},
 })  # fmt: skip
-FAKE = {"SYNTHREP_GENERATOR_SYNTHESIZER": "fake", "SYNTHREP_PROBE_DATA": ""}
+FAKE = {"SYNTHREP_GENERATOR_SYNTHESIZER": "fake"}
+
+
+def write_probe_set(folder: Path) -> None:
+    """Two classes that are told apart by brightness, twelve images of each part."""
+    folder.mkdir(parents=True)
+    dice = np.random.default_rng(0)
+    for split in ("train", "test"):
+        with tarfile.open(folder / f"{split}.tar", "w") as tar:
+            for number in range(12):
+                label = number % 2
+                pixels = dice.integers(100 * label, 100 * label + 120, (16, 16, 3), dtype=np.uint8)
+                stream = io.BytesIO()
+                Image.fromarray(pixels).save(stream, "PNG")
+                for suffix, data in (("png", stream.getvalue()), ("cls", b"%d" % label)):
+                    info = tarfile.TarInfo(f"{number:03}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
 
 
 class Killed(BaseException):
@@ -36,7 +56,8 @@ class Killed(BaseException):
 def test_rows_are_made_once_and_a_killed_comparison_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SYNTHREP_PROBE_DATA", raising=False)
+    write_probe_set(tmp_path / "labelled" / "probe" / "stripes")
+    monkeypatch.setenv("SYNTHREP_PROBE_DATA", str(tmp_path / "labelled"))
     places = Places(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path)
     record = comparison._record
 
