@@ -148,3 +148,23 @@ def test_few_shot_tasks_that_the_set_cannot_fill_are_refused(place, settings, ru
     request = ProbeRequest(run_id=run.id, dataset="light", protocol="fewshot")
     with pytest.raises(ValueError, match="needs 5 classes .* there are 2"):
         probes.judge(place.submit_probe(request), place, settings)
+
+
+def test_baselines_are_computed_once_for_all_checkpoints(place, settings, run, monkeypatch):
+    results = []
+    for step in (3, 6):
+        request = ProbeRequest(
+            checkpoint=f"runs/{run.id}/checkpoints/step-{step:09d}", dataset="light"
+        )
+        folder = place.submit_probe(request)
+        probes.judge(folder, place, settings)
+        results.append(json.loads(folder.result.read_bytes()))
+        monkeypatch.setattr(probes, "BASELINES", {"pixels": None})  # not called any more
+    assert results[0]["baselines"] == results[1]["baselines"]
+    assert results[0]["hits"] != results[1]["hits"]
+
+
+def test_no_cache_is_kept_where_the_settings_give_it_no_room(place, settings, run):
+    settings = settings.model_copy(update={"probe_cache_bytes": 0})
+    probes.judge(place.submit_probe(ProbeRequest(run_id=run.id, dataset="light")), place, settings)
+    assert not (place.root / "probe-cache").exists()

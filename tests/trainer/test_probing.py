@@ -12,8 +12,10 @@ import pytest
 import safetensors
 from PIL import Image
 
+from synthrep_trainer.feature_cache import FeatureCache
 from synthrep_trainer.linear_head import LinearHead
 from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, probe_datasets
+from synthrep_trainer.probe_features import Memory
 from synthrep_trainer.probe_fewshot import FewShotProtocol
 from synthrep_trainer.probe_layouts import VOC_CLASSES
 from synthrep_trainer.probe_multi_label import OneVersusRestProtocol
@@ -277,3 +279,77 @@ def test_a_protocol_that_does_not_suit_the_labels_is_refused(voc, dataset):
         probe(voc, see_stripes, protocol=NeighbourProtocol())
     with pytest.raises(ValueError, match="colours has one label an image"):
         run(dataset, protocol=OneVersusRestProtocol())
+
+
+class Watched:
+    """An extractor that counts the images it has seen."""
+
+    def __init__(self, extract):
+        self.extract, self.num_images = extract, 0
+
+    def __call__(self, images):
+        self.num_images += len(images)
+        return self.extract(images)
+
+
+@pytest.fixture
+def remembered(dataset, tmp_path):
+    """Probe the same set with a memory; the result, and how many images each extractor saw."""
+
+    def once(trained="t/1", random_init="r/1", **options):
+        cache = FeatureCache(tmp_path / "cache", max_bytes=2**20)
+        memory = Memory(cache, {"trained": trained, "random_init": random_init})
+        seen = Watched(see), Watched(guess), Watched(raw_pixels)
+        result = run(
+            dataset,
+            extract=seen[0],
+            baselines={"random_init": seen[1], "pixels": seen[2]},
+            memory=memory,
+            clock=lambda: 0.0,
+            **options,
+        )
+        return result, tuple(extractor.num_images for extractor in seen)
+
+    return once
+
+
+def test_what_was_extracted_before_is_not_extracted_again(remembered):
+    first, seen = remembered()
+    assert seen == (160, 160, 160)
+    again, seen = remembered()
+    assert again == first
+    assert seen == (0, 0, 160)  # pixels were given no identity here
+
+
+def test_another_checkpoint_is_extracted_beside_the_same_baselines(remembered):
+    first, _ = remembered()
+    second, seen = remembered(trained="t/2")
+    assert seen == (160, 0, 160)
+    assert second == first
+
+
+def test_another_protocol_takes_the_features_and_not_the_scores(remembered):
+    first, _ = remembered()
+    second, seen = remembered(protocol=NeighbourProtocol())
+    assert seen == (0, 0, 160)
+    assert second.baselines["random_init"] != first.baselines["random_init"]
+
+
+def test_a_split_that_was_replaced_is_extracted_anew(remembered, dataset):
+    remembered()
+    write_split(dataset.folder, "test", [0, 1, 2], seed=8)
+    _, seen = remembered()
+    assert seen == (3, 3, 73)  # only the new test images
+
+
+def test_remembered_results_are_those_of_a_probe_without_memory(remembered, dataset):
+    remembered()
+    result, _ = remembered()
+    plain = run(dataset, baselines={"random_init": guess, "pixels": raw_pixels}, clock=lambda: 0.0)
+    assert result == plain
+
+
+def test_remembered_features_of_test_stay_sealed_until_the_choice_is_stored(remembered):
+    remembered()
+    with pytest.raises(OSError, match="disk full"):
+        remembered(store=lambda choices: (_ for _ in ()).throw(OSError("disk full")))

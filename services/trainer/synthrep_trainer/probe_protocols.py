@@ -136,6 +136,11 @@ class LinearProtocol(ProbeProtocol):
     name: str = "linear"
     version: int = 1
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """See ProbeProtocol."""
+        return {"coarse": 1.0} if self.search == "coarse" else {}
+
     def select(self, part: FittingPart, metric: Metric) -> Selection:
         """See ProbeProtocol."""
         train, val = standardise(part.features[~part.is_val], part.features[part.is_val])

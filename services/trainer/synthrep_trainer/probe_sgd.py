@@ -63,7 +63,7 @@ class SgdProtocol(ProbeProtocol):
 
     def select(self, part: FittingPart, metric: Metric) -> Selection:
         """See ProbeProtocol; raises ValueError if every head diverged."""
-        heads = self.fit(part.features[~part.is_val], part.labels[~part.is_val], RATES)
+        heads = self.fit(part.features, part.labels, RATES, rows=np.flatnonzero(~part.is_val))
         val, truth = part.features[part.is_val], part.labels[part.is_val]
         values = [
             score(metric, truth, head.predict(val)) if _is_finite(head) else 0.0 for head in heads
@@ -80,22 +80,33 @@ class SgdProtocol(ProbeProtocol):
         (head,) = self.fit(part.features, part.labels, [chosen])
         return classified(exam, head.predict(test), chosen, head)
 
-    def fit(self, features: Features, labels: Labels, rates: Sequence[float]) -> list[LinearHead]:
-        """One head for each base rate, all trained in one pass over the same batches."""
+    def fit(
+        self,
+        features: Features,
+        labels: Labels,
+        rates: Sequence[float],
+        *,
+        rows: Labels | None = None,
+    ) -> list[LinearHead]:
+        """One head for each base rate, all trained in one pass over the same batches.
+
+        `rows` are those to train on, all unless given; features may be mapped from a file.
+        """
         classes, columns = np.unique(labels, return_inverse=True)
         trainer = _Heads(features.shape[1], len(classes), rates, self)
-        rows, targets = torch.from_numpy(features), torch.from_numpy(columns.astype(np.int64))
-        batch_size = min(self.batch_size, len(rows))
-        batches_per_epoch = len(rows) // batch_size  # the rest of an epoch is left out
+        table, targets = torch.from_numpy(features), torch.from_numpy(columns.astype(np.int64))
+        chosen = torch.arange(len(table)) if rows is None else torch.from_numpy(rows)
+        batch_size = min(self.batch_size, len(chosen))
+        batches_per_epoch = len(chosen) // batch_size  # the rest of an epoch is left out
         num_steps = self.epochs * batches_per_epoch
         scale = batch_size / REFERENCE_BATCH
         generator = torch.Generator().manual_seed(self.seed)
         step = 0
         for _ in range(self.epochs):
-            order = torch.randperm(len(rows), generator=generator)
+            order = chosen[torch.randperm(len(chosen), generator=generator)]
             for batch in order[: batches_per_epoch * batch_size].split(batch_size):
                 decay = (1 + math.cos(math.pi * step / num_steps)) / 2
-                trainer.step(rows[batch], targets[batch], scale * decay)
+                trainer.step(table[batch], targets[batch], scale * decay)
                 step += 1
         return trainer.heads(classes)
 

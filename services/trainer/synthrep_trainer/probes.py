@@ -27,11 +27,13 @@ from synthrep_trainer.checkpoint_folders import open_checkpoint
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
 from synthrep_trainer.errors import NoCheckpointError
+from synthrep_trainer.feature_cache import FeatureCache
 from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, known_datasets
+from synthrep_trainer.probe_features import Memory
 from synthrep_trainer.probe_fewshot import FewShotProtocol
 from synthrep_trainer.probe_protocols import NeighbourProtocol, ProbeProtocol
 from synthrep_trainer.probe_sgd import SgdProtocol
-from synthrep_trainer.probing import BASELINES, default_protocol, probe
+from synthrep_trainer.probing import BASELINES, JUDGED, PIXELS_IDENTITY, default_protocol, probe
 from synthrep_trainer.records import Failure
 from synthrep_trainer.runs import ProbeFolder, Workplace
 from synthrep_trainer.settings import TrainerSettings
@@ -87,11 +89,32 @@ def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> N
         keep_head=lambda head, names: head.save(
             folder.head, names=names, protocol=f"{protocol.name}/{protocol.version}"
         ),
+        memory=_memory(settings, place, checkpoint, request.weights, device),
     )
     answer = result.model_dump(mode="json") | {
         "checkpoint": str(checkpoint.path.relative_to(place.root))
     }
     publish_bytes(json.dumps(answer).encode(), folder.result, replace=True)
+
+
+def _memory(
+    settings: TrainerSettings,
+    place: Workplace,
+    checkpoint: Checkpoint,
+    weights: Weights,
+    device: torch.device,
+) -> Memory | None:
+    """What earlier probes left; None if nothing may be kept."""
+    if not settings.probe_cache_bytes:
+        return None
+    start = {"encoder": checkpoint.state["encoder"], "seed": checkpoint.state["request"]["seed"]}
+    identities = {
+        "pixels": PIXELS_IDENTITY,
+        "random_init": f"random-init/{json.dumps(start, sort_keys=True)}/{device.type}",
+        JUDGED: f"{open_checkpoint(checkpoint.path).sha256}/{weights}/{device.type}",
+    }
+    cache = FeatureCache(place.root / "probe-cache", max_bytes=settings.probe_cache_bytes)
+    return Memory(cache, identities)
 
 
 def _protocol(request: ProbeRequest, dataset: ProbeDataset, *, device: str) -> ProbeProtocol:

@@ -2,26 +2,29 @@
 
     ProbeSession.fitting_batches -> extract -> select -> record the choice -> test_batches -> score
 
-An `Extractor` maps uint8 images (batch, px, px, 3), RGB, to features (batch, dim) of any float
-dtype; batching on a device is its own affair. Images pass once, also when several extractors look
-at them, and only their features are kept.
+Images pass once, also when several extractors look at them, and only their features are kept. With
+a `Memory`, what an earlier probe extracted is not extracted again, and the score of a baseline on
+this set by this protocol is computed once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from synthrep_trainer.linear_head import LinearHead
-from synthrep_trainer.probe_archive import ImageBatch
-from synthrep_trainer.probe_data import Metric, ProbeDataError, ProbeDataset
+from synthrep_trainer.probe_data import Metric, ProbeDataError, ProbeDataset, Split
+from synthrep_trainer.probe_features import (
+    Extractor,
+    Images,
+    Memory,
+    SplitFeatures,
+    extract_split,
+)
 from synthrep_trainer.probe_multi_label import OneVersusRestProtocol
 from synthrep_trainer.probe_protocols import (
     AnyLabels,
@@ -31,15 +34,14 @@ from synthrep_trainer.probe_protocols import (
     LinearProtocol,
     ProbeProtocol,
 )
-from synthrep_trainer.probe_scores import ProbeResult
+from synthrep_trainer.probe_scores import ProbeResult, Score
 from synthrep_trainer.probe_session import Choices, ProbeSession, validation_mask
 
 PIXELS_PX = 16
+PIXELS_IDENTITY = f"pixels/{PIXELS_PX}/1"
 IMAGE_PX = 32
-_JUDGED = "trained"  # the name under which `store` sees the choice for the judged features
-
-Images = UInt8[np.ndarray, "batch px px 3"]
-Extractor = Callable[[Images], np.ndarray]
+JUDGED = "trained"
+"""The name under which `store` and a `Memory` see the judged features."""
 
 
 def raw_pixels(images: Images) -> Features:
@@ -64,6 +66,7 @@ def probe(
     seed: int = 0,
     store: Callable[[Choices], None] | None = None,
     keep_head: Callable[[LinearHead, tuple[str, ...]], None] | None = None,
+    memory: Memory | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> ProbeResult:
     """Judge features on a labelled set.
@@ -79,6 +82,7 @@ def probe(
         store: called with the choices before the test part is opened, to make them durable.
         keep_head: given the fitted classifier of `extract` and the names of the classes, where the
             protocol makes one.
+        memory: features and scores of earlier probes.
         clock: seconds, monotonic.
 
     Raises ProbeDataError where the set is at fault, ValueError where an extractor is, or the
@@ -88,20 +92,28 @@ def probe(
     session, metric = ProbeSession(dataset), dataset.metric
     protocol = protocol or default_protocol(metric)
     _require_suited(protocol, dataset)
-    extractors = {_JUDGED: extract, **baselines}
-    parts, names = _fitting_parts(session, extractors, image_px=image_px, seed=seed)
+    judged_by = (image_px, protocol.name, protocol.version, protocol.settings, metric, seed)
+    known = _known_scores(memory, dataset, baselines, judged_by)
+    fresh = {name: extractor for name, extractor in baselines.items() if name not in known}
+    extractors = {JUDGED: extract, **fresh}
+    parts, names = _fitting_parts(session, extractors, memory, image_px=image_px, seed=seed)
     selections = {name: protocol.select(part, metric) for name, part in parts.items()}
-    session.record({name: s.chosen for name, s in selections.items()}, store=store)
+    choices = {name: s.chosen for name, s in selections.items()}
+    session.record(choices | {name: row.chosen or 0.0 for name, row in known.items()}, store=store)
 
-    test = _extract(session.test_batches(image_px=image_px), extractors)
-    _require_known(test.labels, parts[_JUDGED].labels, f"{dataset.name}: test")
+    test_batches = session.test_batches(image_px=image_px)
+    keys = _keys(memory, extractors, dataset, "test", image_px)
+    test = extract_split(test_batches, extractors, keys, memory.cache if memory else None)
+    _require_known(test.labels, parts[JUDGED].labels, f"{dataset.name}: test")
     exam = Exam(test.labels, names, metric, seed)
     verdicts = {
-        name: protocol.judge(part, selections[name].chosen, test.features[name], exam)
+        name: protocol.judge(part, choices[name], test.features[name], exam)
         for name, part in parts.items()
     }
-    majority = protocol.majority(parts[_JUDGED].labels, exam)
-    judged, selection = verdicts[_JUDGED], selections[_JUDGED]
+    scores = known | {name: verdicts[name].score for name in fresh}
+    _remember_scores(memory, dataset, {name: scores[name] for name in fresh}, judged_by)
+    majority = protocol.majority(parts[JUDGED].labels, exam)
+    judged, selection = verdicts[JUDGED], selections[JUDGED]
     if keep_head is not None and judged.head is not None:
         keep_head(judged.head, names)
     return ProbeResult(
@@ -118,7 +130,7 @@ def probe(
         per_class=judged.per_class,
         confusion=judged.confusion,
         hits=judged.score.hits,
-        baselines={**{name: verdicts[name].score for name in baselines}, "majority": majority},
+        baselines={**{name: scores[name] for name in baselines}, "majority": majority},
         seconds=clock() - started,
     )
 
@@ -139,39 +151,64 @@ def _require_suited(protocol: ProbeProtocol, dataset: ProbeDataset) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One split after extraction."""
+def _known_scores(
+    memory: Memory | None,
+    dataset: ProbeDataset,
+    baselines: Iterable[str],
+    judged_by: tuple[object, ...],
+) -> dict[str, Score]:
+    """The scores of baselines that an earlier probe has computed."""
+    known: dict[str, Score] = {}
+    for name in baselines if memory is not None else ():
+        assert memory is not None
+        key = memory.score_key(name, dataset, *judged_by)
+        found = memory.cache.note(key) if key is not None else None
+        if found is not None:
+            known[name] = Score.model_validate(found)
+    return known
 
-    features: dict[str, Features]
-    labels: AnyLabels
+
+def _remember_scores(
+    memory: Memory | None,
+    dataset: ProbeDataset,
+    scores: Mapping[str, Score],
+    judged_by: tuple[object, ...],
+) -> None:
+    for name, row in scores.items() if memory is not None else ():
+        assert memory is not None
+        key = memory.score_key(name, dataset, *judged_by)
+        if key is not None:
+            memory.cache.keep_note(key, row.model_dump(mode="json"))
 
 
-def _extract(batches: Iterable[ImageBatch], extractors: Mapping[str, Extractor]) -> _Part:
-    features: dict[str, list[Features]] = {name: [] for name in extractors}
-    labels: list[AnyLabels] = []
-    for batch in batches:
-        labels.append(batch.labels)
-        for name, extract in extractors.items():
-            features[name].append(_checked(extract(batch.images), len(batch.labels), name))
-    return _Part({n: np.concatenate(rows) for n, rows in features.items()}, np.concatenate(labels))
-
-
-def _checked(features: Any, num_images: int, name: str) -> Features:
-    rows = np.asarray(features, np.float32)
-    if rows.ndim != 2 or len(rows) != num_images:
-        raise ValueError(f"{name}: expected features ({num_images}, dim), got {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{name}: the features are not finite")
-    return rows
+def _keys(
+    memory: Memory | None,
+    extractors: Iterable[str],
+    dataset: ProbeDataset,
+    split: Split,
+    image_px: int,
+) -> dict[str, str | None]:
+    if memory is None:
+        return {}
+    return {name: memory.features_key(name, dataset, split, image_px) for name in extractors}
 
 
 def _fitting_parts(
-    session: ProbeSession, extractors: Mapping[str, Extractor], *, image_px: int, seed: int
+    session: ProbeSession,
+    extractors: Mapping[str, Extractor],
+    memory: Memory | None,
+    *,
+    image_px: int,
+    seed: int,
 ) -> tuple[dict[str, FittingPart], tuple[str, ...]]:
     """Train and val of each extractor, and the names of the classes."""
     parts = [
-        _extract(session.fitting_batches(split, image_px=image_px), extractors)
+        extract_split(
+            session.fitting_batches(split, image_px=image_px),
+            extractors,
+            _keys(memory, extractors, session.dataset, split, image_px),
+            memory.cache if memory else None,
+        )
         for split in session.fitting_splits
     ]
     names = _class_names(session, parts)
@@ -182,13 +219,16 @@ def _fitting_parts(
         is_val = validation_mask(labels, seed=seed)
     if not is_val.any():
         raise ProbeDataError(f"{session.dataset.name}: train has one image a class, none validates")
-    features = {
-        name: np.concatenate([part.features[name] for part in parts]) for name in extractors
-    }
+    features = {name: _joined([part.features[name] for part in parts]) for name in extractors}
     return {name: FittingPart(rows, labels, is_val) for name, rows in features.items()}, names
 
 
-def _class_names(session: ProbeSession, parts: Sequence[_Part]) -> tuple[str, ...]:
+def _joined(rows: Sequence[Features]) -> Features:
+    """One array; a single one stays mapped."""
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _class_names(session: ProbeSession, parts: Sequence[SplitFeatures]) -> tuple[str, ...]:
     """Names by class index; raises ProbeDataError unless train has each class, and two of them."""
     where = f"{session.dataset.name}: train"
     labels, known = parts[0].labels, session.class_names

@@ -34,6 +34,9 @@ class TrainerSettings(ServiceSettings):
     probe_originals: Path | None = None
     """Folder with published labelled sets as torchvision and their authors lay them out, for one
     `cifar-10-batches-bin`, `food-101`, `VOCdevkit/VOC2007`; empty: none."""
+    probe_cache_bytes: int = Field(default=20 << 30, ge=0)
+    """Bound on `probe-cache` in the folder of runs: features of probes by checkpoint and set, and
+    scores of baselines; 0 keeps none. One probe may need more until it ends."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     """Device of train processes; `auto` takes CUDA where there is one."""
     probe_device: str = Field(default="cpu", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
