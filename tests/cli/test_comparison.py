@@ -1,89 +1,247 @@
-"""A small comparison from end to end, killed in between, and what is not done twice."""
+"""A comparison asks for what is missing, goes on where it was, and loses no result to a failure."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from synthrep_cli import comparison
 from synthrep_cli.comparison import Places, run_comparison
 from synthrep_cli.comparison_config import Comparison
 from synthrep_cli.comparison_report import write_reports
 from synthrep_cli.comparison_rows import read_rows
+from synthrep_cli.main import app
+from synthrep_cli.stack import StackConfig
+from synthrep_shared.messages import ProbeView, RunView
 
-pytestmark = [pytest.mark.e2e, pytest.mark.redis, pytest.mark.timeout(300)]
-
-CONFIG = Comparison.model_validate({
-    "name": "micro", "seeds": [0], "probe_sets": ["stripes"],
-    "rows": ["stablerep", "simclr-real", "random-init", "pixels"],
+FIELDS = {
+    "name": "micro", "seeds": [0], "rows": ["stablerep", "simclr-real", "random-init", "pixels"],
     "generated": {"num_captions": 8, "images_per_caption": 2},
     "real": {"probe_sets": ["digits"], "max_images": 40},
     "budget": {"views": 48, "views_per_batch": 16, "views_per_caption": 2},
-    "training": {"image_size": 16, "checkpoint_every": 2},
-})  # fmt: skip
-FAKE = {"SYNTHREP_GENERATOR_SYNTHESIZER": "fake"}
+}  # fmt: skip
+NUM_TEST, ACCURACY = 1200, {"stablerep": 0.9, "simclr": 0.5, "random_init": 0.4, "pixels": 0.3}
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def write_probe_set(folder: Path) -> None:
-    """Two classes that are told apart by brightness, twelve images of each part."""
-    folder.mkdir(parents=True)
-    dice = np.random.default_rng(0)
-    for split in ("train", "test"):
-        with tarfile.open(folder / f"{split}.tar", "w") as tar:
-            for number in range(12):
-                label = number % 2
-                pixels = dice.integers(100 * label, 100 * label + 120, (16, 16, 3), dtype=np.uint8)
-                stream = io.BytesIO()
-                Image.fromarray(pixels).save(stream, "PNG")
-                for suffix, data in (("png", stream.getvalue()), ("cls", b"%d" % label)):
-                    info = tarfile.TarInfo(f"{number:03}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+def packed(name: str, seed: int) -> tuple[float, str]:
+    hits = np.random.default_rng([seed, len(name)]).random(NUM_TEST) < ACCURACY[name]
+    return float(hits.mean()), np.packbits(hits).tobytes().hex()
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL between two results."""
+class Services:
+    """Both services in memory: a run is trained when it is looked at, a probe likewise."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, RunView] = {}
+        self.probes: dict[str, ProbeView] = {}
+        self.failing: set[str] = set()
+        self.deadly = False
+
+    def probe_datasets(self):
+        return [{"name": name, "metric": metric, "error": None}
+                for name, metric in (("birds", "accuracy"), ("voc", "map_11point"))]  # fmt: skip
+
+    def train(self, request, *, idempotency_key):
+        fields = {"id": idempotency_key, "state": "queued", "request": request.model_dump(),
+                  "step": 0, "max_steps": request.max_steps, "images_seen": 0, "loss": None,
+                  "generated_per_trained": None, "images_per_s": None, "created_at": NOW,
+                  "error": None}  # fmt: skip
+        return self.runs.setdefault(idempotency_key, RunView.model_validate(fields))
+
+    def run(self, run_id):
+        view = self.runs[run_id]
+        is_bad = view.request["objective"] in self.failing
+        changes = {"state": "failed" if is_bad else "completed", "step": view.max_steps,
+                   "error": "out of memory" if is_bad else None}  # fmt: skip
+        self.runs[run_id] = view.model_copy(update=changes)
+        return self.runs[run_id]
+
+    def control_run(self, run_id, verb):
+        assert verb == "resume"
+        self.runs[run_id] = self.runs[run_id].model_copy(update={"state": "queued", "error": None})
+        return self.runs[run_id]
+
+    def metrics(self, run_id):
+        return [{"step": s, "images_seen": 16 * s, "images_per_s": 8.0, "loss": 3.0 / s}
+                for s in (1, 2, 3)]  # fmt: skip
+
+    def start_probe(self, request, *, idempotency_key):
+        if self.deadly and self.probes:
+            raise KeyboardInterrupt
+        run = self.runs[request.run_id].request
+        value, hits = packed(run["objective"], run["seed"])
+        baselines = {}
+        for name in ("random_init", "pixels"):
+            its_value, its_hits = packed(name, run["seed"] if name == "random_init" else 0)
+            baselines[name] = {"value": its_value, "ci95": (0.0, 1.0), "hits": its_hits}
+        fields = {
+            "id": idempotency_key, "state": "completed", "request": {}, "dataset": request.dataset,
+            "protocol": "linear", "metric": "accuracy", "value": value, "ci95": (0.0, 1.0),
+            "n_test": NUM_TEST, "hits": hits, "created_at": NOW, "baselines": baselines,
+            "per_class": [{"n_test": 1000}, {"n_test": 200}],
+        }  # fmt: skip
+        return self.probes.setdefault(idempotency_key, ProbeView.model_validate(fields))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
 
 
-def test_rows_are_made_once_and_a_killed_comparison_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_probe_set(tmp_path / "labelled" / "probe" / "stripes")
-    monkeypatch.setenv("SYNTHREP_PROBE_DATA", str(tmp_path / "labelled"))
-    places = Places(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path)
-    record = comparison._record
+class FakeStack:
+    """A stack whose services are `services`."""
 
-    def record_one(*arguments) -> None:
-        record(*arguments)
-        raise Killed
+    services = Services()
 
-    monkeypatch.setattr(comparison, "_record", record_one)
-    with pytest.raises(Killed):
-        run_comparison(CONFIG, places, Console(file=io.StringIO()), FAKE)
-    monkeypatch.setattr(comparison, "_record", record)
-    first = places.rows.read_bytes()
-    assert 0 < len(read_rows(places.rows)) < 4
+    def __init__(self, config: StackConfig) -> None:
+        self.config = config
 
-    done = run_comparison(CONFIG, places, Console(file=io.StringIO()), FAKE)
-    assert places.rows.read_bytes().startswith(first)
-    assert sorted(r.row for r in done.rows) == sorted(CONFIG.rows)
-    assert len(places.rows.read_text().splitlines()) == 4
-    assert (done.failures, done.world) == ([], "drawings")
-    assert {r.cost.views for r in done.rows if r.cost} == {48}
-    assert len(list((places.folder / "trainer/runs").iterdir())) == 2
+    def __enter__(self):
+        return self
 
-    write_reports([done], places.folder)
+    def __exit__(self, *_):
+        return None
+
+    def wait_ready(self):
+        return None
+
+    def check(self):
+        return None
+
+    def client(self):
+        return self.services
+
+
+@pytest.fixture
+def services(monkeypatch) -> Services:
+    monkeypatch.delenv("SYNTHREP_PROBE_DATA", raising=False)
+    services = Services()
+    monkeypatch.setattr(FakeStack, "services", services)
+    monkeypatch.setattr(comparison, "Stack", FakeStack)
+    monkeypatch.setattr(comparison, "_POLL_S", 0.0)
+    monkeypatch.setattr(comparison, "gpus_here", tuple)
+    monkeypatch.setattr(comparison, "submit_captions", lambda *_: [])
+    monkeypatch.setattr(comparison, "wait_for_images", lambda *_: None)
+    monkeypatch.setattr(comparison, "import_real", lambda *_: 40)
+    return services
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    (tmp_path / "run").mkdir()
+    return Places(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path)
+
+
+def compare(places: Places, **changes):
+    config = Comparison.model_validate(FIELDS | changes)
+    return run_comparison(config, places, Console(file=io.StringIO()))
+
+
+def test_every_row_gets_its_line_and_baselines_come_from_the_first(services, places):
+    done = compare(places)
+    assert sorted(r.row for r in done.rows) == sorted(FIELDS["rows"])
+    assert (done.failures, done.world, done.sets) == ([], "drawings", ["birds"])
+    assert {r.row: r.cost and (r.cost.views, r.cost.train_s) for r in done.rows} == {
+        "stablerep": (48, 6.0), "simclr-real": (48, 6.0), "random-init": None, "pixels": None,
+    }  # fmt: skip
+
+
+def test_what_has_lines_is_not_done_again_and_new_seeds_are_added(services, places):
+    compare(places)
+    before = places.rows.read_bytes()
+    services.runs.clear()
+    compare(places)
+    assert not services.runs
+    assert places.rows.read_bytes() == before
+    done = compare(places, seeds=[0, 1])
+    assert len(services.runs) == 2
+    assert places.rows.read_bytes().startswith(before)
+    assert [r.row for r in done.rows].count("pixels") == 1  # the same for every seed
+    assert [r.row for r in done.rows].count("random-init") == 2
+
+
+def test_a_comparison_killed_between_two_runs_goes_on(services, places):
+    services.deadly = True
+    with pytest.raises(KeyboardInterrupt):
+        compare(places)
+    services.deadly = False
+    done = compare(places)
+    assert len(done.rows) == 4
+    assert len(services.runs) == len(services.probes) == 2
+    assert len(read_rows(places.rows)) == len(places.rows.read_text().splitlines())
+
+
+def test_a_run_that_fails_holds_up_no_other_and_is_tried_again_next_time(services, places):
+    services.failing = {"stablerep"}
+    done = compare(places)
+    assert [r.row for r in done.rows] == ["simclr-real", "random-init", "pixels"]
+    assert done.failures == ["stablerep, seed 0: out of memory"]
+    services.failing = set()
+    assert compare(places).failures == []
+    assert len(services.runs) == 2
+
+
+def test_the_report_says_what_is_known_and_claims_nothing_of_one_seed(services, places):
+    summary = write_reports([compare(places)], places.folder)
     report = json.loads((places.folder / "report.json").read_text())
-    assert {r["row"] for r in report["rows"]} == set(CONFIG.rows)
-    assert [s["significant"] for s in report["summary"]] == [False] * 4
+    assert set(report["rows"][0]) == {"row", "seed", "dataset", "protocol", "metric", "value",
+                                      "ci95", "n_test"}  # fmt: skip
+    cells = {c["row"]: c for c in report["summary"]}
+    assert set(cells["stablerep"]) == {"dataset", "row", "mean", "ci95", "best", "significant"}
+    assert [row for row, c in cells.items() if c["best"]] == ["stablerep"]
+    assert not any(c["significant"] for c in cells.values())
+    assert summary.verdicts["birds"].is_counted
+    assert "**" not in (places.folder / "report.md").read_text()
+    assert any("one seed" in sentence for sentence in report["statement"])
     page = (places.folder / "report.html").read_text()
     assert page.count("<svg") == 2
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)
+    served = places.folder / "trainer" / "comparisons" / "micro.json"
+    assert json.loads(served.read_text()) == report
+
+
+def test_the_best_row_is_bold_where_seeds_bear_it_out(services, places):
+    write_reports([compare(places, seeds=[0, 1, 2])], places.folder)
+    text = (places.folder / "report.md").read_text()
+    bold = [line for line in text.splitlines() if "**" in line]
+    assert len(bold) == 1
+    assert bold[0].startswith("| stablerep | **89.7 [")
+    assert "stablerep is better than simclr-real" in text
+
+
+@pytest.mark.parametrize(("better", "is_against"), [(0.1, True), (0.9, False)])
+def test_what_goes_against_the_method_is_said(services, places, monkeypatch, better, is_against):
+    monkeypatch.setitem(ACCURACY, "stablerep", better)
+    write_reports([compare(places, seeds=[0, 1])], places.folder)
+    text = (places.folder / "report.md").read_text()
+    assert ("Against the method: stablerep is not above raw pixels (birds)" in text) is is_against
+    assert ("another row on 1 (birds)" in text) is is_against
+
+
+def test_the_command_takes_a_file_and_fails_if_a_run_failed(services, tmp_path):
+    text = (
+        'name = "micro"\nseeds = [0]\nrows = ["stablerep", "pixels"]\n'
+        "[budget]\nviews = 48\nviews_per_batch = 16\n[ablations.few]\nimages_per_caption = 1\n"
+    )
+    (tmp_path / "c.toml").write_text(text)
+    command = ["compare", "--config", str(tmp_path / "c.toml"), "--folder", str(tmp_path / "run"),
+               "--rows", str(tmp_path / "rows.jsonl"), "--ablations"]  # fmt: skip
+    services.failing = {"stablerep"}
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "2 runs failed" in result.output
+    services.failing = set()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [a["id"] for a in report["ablations"]] == ["micro-few"]
