@@ -413,3 +413,11 @@ def test_a_source_must_be_allowed(api):
     assert "allowed sources" in answer.json()["detail"]
     both = body | {"dataset": "birds"}
     assert api.post("/v1/runs", json=both).status_code == 422
+
+
+def test_a_run_shows_how_many_shards_it_leaves_out(api, place):
+    run = place.submit_run(RunRequest(dataset="birds", max_steps=1))
+    assert api.get(f"/v1/runs/{run.id}").json()["shards_quarantined"] == 0
+    (run.path / "quarantine").mkdir()
+    (run.path / "quarantine" / "3.json").write_text("{}")
+    assert api.get(f"/v1/runs/{run.id}").json()["shards_quarantined"] == 1
