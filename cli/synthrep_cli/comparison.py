@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def _views(run: _Run, steps: int) -> int:
 def _advance(client: SynthRep, run: _Run) -> None:
     """One look at a run or its probes; starts the probes once it is trained."""
     assert run.view is not None
-    if run.view.state not in _ENDED:
+    if run.view.state != "completed":
         run.view = client.run(run.view.id)
         if run.view.state == "failed":
             run.error = run.view.error or "failed"
@@ -227,9 +227,7 @@ def _advance(client: SynthRep, run: _Run) -> None:
             run.error = f"somebody stopped it: it is {run.view.state}"
     elif not run.probes:
         for name in run.sets:
-            request = ProbeRequest(run_id=run.view.id, dataset=name)
-            key = f"compare-{run.key}-{name}"
-            run.probes[name] = client.start_probe(request, idempotency_key=key)
+            run.probes[name] = _start_probe(client, run, run.view.id, name)
     else:
         for name, view in run.probes.items():
             if view.state not in _ENDED:
@@ -237,6 +235,17 @@ def _advance(client: SynthRep, run: _Run) -> None:
         bad = [p for p in run.probes.values() if p.state == "failed"]
         if bad and run.is_over:
             run.error = f"the probe on {bad[0].dataset} failed: {bad[0].error}"
+
+
+def _start_probe(client: SynthRep, run: _Run, run_id: str, name: str) -> ProbeView:
+    """The probe of an earlier invocation, unless it failed; else a new one."""
+    request = ProbeRequest(run_id=run_id, dataset=name)
+    for attempt in count():
+        key = f"compare-{run.key}-{name}-{attempt}"
+        view = client.start_probe(request, idempotency_key=key)
+        if view.state != "failed":
+            break
+    return view
 
 
 def _record(client: SynthRep, run: _Run, places: Places, config: Comparison) -> None:

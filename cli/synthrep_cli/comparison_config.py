@@ -98,7 +98,8 @@ class Comparison(_Part):
     tuned: dict[str, dict[str, Any]] = {}
     """What these trials chose, by row: fields of `POST /v1/runs`."""
     ablations: dict[str, dict[str, Any]] = {}
-    """Further comparisons by name: what differs in `[generated]`, as for guidance_scale."""
+    """Further comparisons by name: what differs in `[generated]`, as for guidance_scale, and their
+    `rows`, unless stablerep and simclr-generated will do."""
     machine: Machine = Machine()
 
     @model_validator(mode="after")
@@ -114,6 +115,8 @@ class Comparison(_Part):
             raise ValueError("tuned needs tuning_trials, the same number for every row")
         for row in self.trained_rows:
             self.request(row, self.seeds[0], dataset="checked")
+        for name in self.ablations:
+            self.ablated(name)
         return self
 
     @property
@@ -153,8 +156,10 @@ class Comparison(_Part):
     def ablated(self, name: str) -> Comparison:
         """The comparison with what an ablation changes; raises ComparisonError."""
         fields = self.model_dump(mode="json") | {"ablations": {}, "name": f"{self.name}-{name}"}
-        fields["rows"] = [row for row in self.rows if row in ("stablerep", "simclr-generated")]
-        fields["generated"] |= self.ablations[name]
+        changes = dict(self.ablations[name])
+        fields["rows"] = changes.pop("rows", ["stablerep", "simclr-generated"])
+        fields["tuned"] = {row: of for row, of in self.tuned.items() if row in fields["rows"]}
+        fields["generated"] |= changes
         return _validated(fields, f"ablations.{name}")
 
 

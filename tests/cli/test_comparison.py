@@ -45,6 +45,7 @@ class Services:
         self.probes: dict[str, ProbeView] = {}
         self.failing: set[str] = set()
         self.deadly = False
+        self.failing_probes = 0
 
     def probe_datasets(self):
         return [{"name": name, "metric": metric, "error": None}
@@ -83,8 +84,9 @@ class Services:
         for name in ("random_init", "pixels"):
             its_value, its_hits = packed(name, run["seed"] if name == "random_init" else 0)
             baselines[name] = {"value": its_value, "ci95": (0.0, 1.0), "hits": its_hits}
+        state = "failed" if len(self.probes) < self.failing_probes else "completed"
         fields = {
-            "id": idempotency_key, "state": "completed", "request": {}, "dataset": request.dataset,
+            "id": idempotency_key, "state": state, "request": {}, "dataset": request.dataset,
             "protocol": "linear", "metric": "accuracy", "value": value, "ci95": (0.0, 1.0),
             "n_test": NUM_TEST, "hits": hits, "created_at": NOW, "baselines": baselines,
             "per_class": [{"n_test": 1000}, {"n_test": 200}],
@@ -189,6 +191,12 @@ def test_a_run_that_fails_holds_up_no_other_and_is_tried_again_next_time(service
     services.failing = set()
     assert compare(places).failures == []
     assert len(services.runs) == 2
+
+
+def test_a_probe_that_failed_once_is_made_again(services, places):
+    services.failing_probes = 2
+    assert len(compare(places).rows) == 4
+    assert [p.state for p in services.probes.values()].count("failed") == 2
 
 
 def test_the_report_says_what_is_known_and_claims_nothing_of_one_seed(services, places):

@@ -59,6 +59,7 @@ def test_the_name_of_generated_images_says_what_they_are():
         ({"seeds": [1, 1]}, "seeds names one twice"),
         ({"tuned": {"stablerep": {"lr": 0.1}}}, "tuning_trials"),
         ({"tuned": {"pixels": {}}, "tuning_trials": 1}, "not trained"),
+        ({"ablations": {"g": {"guidance": 3}}}, r"ablations\.g: generated\.guidance"),
         ({"training": {"image_sice": 32}}, "image_sice"),
     ],
 )
