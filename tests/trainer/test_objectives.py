@@ -488,3 +488,4 @@ def test_towers_in_parts_learn_what_whole_ones_do(ranks, alone, name):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    distributed.end_process()

@@ -194,3 +194,4 @@ def _alone(folder: RunFolder, patience_s: float) -> Iterator[None]:
 
 if __name__ == "__main__":
     main()
+    distributed.end_process()
