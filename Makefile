@@ -42,7 +42,7 @@ test: $(STAMP) ## The tests, small doses of the campaigns
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" --ignore=tests/deployment
 
 test-long: $(STAMP) ## The full counts of every campaign, a line a measure
-	OMP_NUM_THREADS=1 FUZZ_CASES=20000 PROPERTY_CASES=500 $(BIN)/python -m pytest -q --timeout=3000
+	OMP_NUM_THREADS=1 FUZZ_CASES=20000 PROPERTY_CASES=200 $(BIN)/python -m pytest -q --timeout=3000
 
 chaos: $(STAMP) ## The fault campaign: CHAOS_FAULTS=200 CHAOS_SEED=1
 	@CHAOS_FAULTS=$(CHAOS_FAULTS) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m tests.chaos
