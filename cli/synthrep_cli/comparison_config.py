@@ -143,8 +143,12 @@ class Comparison(_Part):
         return f"generated-{digest([VERSION, self.generated.model_dump(mode='json'), captions])}"
 
     def key(self, row: str, seed: int, *, dataset: str) -> str:
-        """What a run is, whatever file describes it; equal keys are equal runs."""
-        request = self.request(row, seed, dataset=dataset).model_dump(mode="json")
+        """What a run is, whatever file describes it; equal keys are equal runs.
+
+        Defaults are left out, so that a field that runs gain later changes no key.
+        """
+        run = self.request(row, seed, dataset=dataset)
+        request = run.model_dump(mode="json", exclude_defaults=True)
         return digest([VERSION, row, request])
 
     def baseline_key(self, row: str, seed: int) -> str:

@@ -42,6 +42,15 @@ def test_a_key_changes_with_what_a_run_is_and_with_nothing_else():
     assert len(others - {key}) == 4
 
 
+def test_a_field_that_stays_at_its_default_changes_no_key():
+    config = Comparison.model_validate(FIELDS)
+    said = Comparison.model_validate(FIELDS | {"training": {"weight_decay": 0.1}})
+    changed = Comparison.model_validate(FIELDS | {"training": {"weight_decay": 0.2}})
+    key = config.key("stablerep", 0, dataset="birds")
+    assert said.key("stablerep", 0, dataset="birds") == key
+    assert changed.key("stablerep", 0, dataset="birds") != key
+
+
 def test_the_name_of_generated_images_says_what_they_are():
     config = Comparison.model_validate(FIELDS | {"ablations": {"g5": {"guidance_scale": 5}}})
     name = config.generated_name(["a dog"])
