@@ -29,6 +29,7 @@ SCOPES = {
     "GET /v1/runs/{run_id}/checkpoints": "read",
     "GET /v1/runs/{run_id}/events": "read",
     "GET /v1/runs/{run_id}/metrics": "read",
+    "POST /v1/probe-datasets": "probe",
     "POST /v1/probes": "probe",
     "POST /v1/runs": "submit",
     "POST /v1/runs/{run_id}/resume": "submit",

@@ -19,8 +19,14 @@ from pydantic.json_schema import models_json_schema
 
 from synthrep_shared.asgi import App, Guard, describe_keys
 from synthrep_shared.logs import configure_logging
-from synthrep_shared.messages import ProbeRequest, Problem, RunRequest
-from synthrep_trainer import routes_comparisons, routes_probes, routes_runs, routes_service
+from synthrep_shared.messages import ProbeRequest, ProbeSetRequest, Problem, RunRequest
+from synthrep_trainer import (
+    routes_comparisons,
+    routes_probe_sets,
+    routes_probes,
+    routes_runs,
+    routes_service,
+)
 from synthrep_trainer.context import Context, authorise
 from synthrep_trainer.problems import install_problem_handlers
 from synthrep_trainer.runs import Workplace
@@ -32,6 +38,7 @@ _GRACE_S = 5
 _ROUTERS = (
     routes_runs.router,
     routes_probes.router,
+    routes_probe_sets.router,
     routes_comparisons.router,
     routes_service.router,
 )
@@ -54,6 +61,7 @@ def create_app(settings: TrainerSettings) -> App:
     app.state.context = context
     app.state.registry = routes_service.make_registry(context)
     app.state.listeners = routes_runs.make_listener_limiter()
+    app.state.probe_uploads = routes_probe_sets.make_upload_limiter()
     for router in _ROUTERS:
         app.include_router(router)
     install_problem_handlers(app)
@@ -63,6 +71,7 @@ def create_app(settings: TrainerSettings) -> App:
         app,
         keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
+        large_paths={"/v1/probe-datasets": settings.probe_upload_bytes},
     )
 
 
@@ -72,7 +81,12 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
         title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
     _, extra = models_json_schema(
-        [(RunRequest, "validation"), (ProbeRequest, "validation"), (Problem, "serialization")],
+        [
+            (RunRequest, "validation"),
+            (ProbeRequest, "validation"),
+            (ProbeSetRequest, "validation"),
+            (Problem, "serialization"),
+        ],
         ref_template="#/components/schemas/{model}",
     )
     components = schema.setdefault("components", {})

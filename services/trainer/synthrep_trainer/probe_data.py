@@ -8,6 +8,7 @@ them without any library for arrays or images.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ Metric = Literal["accuracy", "mean_per_class", "map_11point"]
 Split = Literal["train", "val", "test"]
 TAR = "tar"
 IMAGE_FOLDER = "image-folder"
+LINK = "link.json"  # in the place of an uploaded set: `{"folder": …, "layout": …}`
 
 BUILT_IN = Path(__file__).parent / "probe_sets"
 _SUFFIXES = (".tar", ".tar.gz", ".tar.xz")
@@ -153,7 +155,7 @@ def probe_datasets(
         found.update(_originals(originals))
     if uploads is not None and uploads.is_dir():
         for name, folder in _folders(uploads):
-            found[name] = ProbeDataset(name, folder)
+            found[name] = _uploaded(name, folder)
     if root is not None:
         for name, folder in _folders(root / "probe"):
             found[name] = ProbeDataset(name, folder)
@@ -162,7 +164,14 @@ def probe_datasets(
 
 def known_datasets(settings: TrainerSettings) -> Mapping[str, ProbeDataset]:
     """All sets that a service with these settings knows; raises ProbeDataError as above."""
-    return probe_datasets(settings.probe_data, originals=settings.probe_originals)
+    return probe_datasets(
+        settings.probe_data, originals=settings.probe_originals, uploads=uploads_of(settings)
+    )
+
+
+def uploads_of(settings: TrainerSettings) -> Path:
+    """The folder of uploaded sets; it may not be there yet."""
+    return settings.runs / "probe-sets"
 
 
 def _originals(parent: Path) -> Iterator[tuple[str, ProbeDataset]]:
@@ -173,12 +182,22 @@ def _originals(parent: Path) -> Iterator[tuple[str, ProbeDataset]]:
                 break
 
 
+def _uploaded(name: str, folder: Path) -> ProbeDataset:
+    try:
+        link = json.loads((folder / LINK).read_bytes())
+    except FileNotFoundError:
+        return ProbeDataset(name, folder)
+    return ProbeDataset(name, Path(link["folder"]), link["layout"])
+
+
 def _folders(parent: Path) -> Iterator[tuple[str, Path]]:
     try:
         folders = [path for path in sorted(parent.iterdir()) if path.is_dir()]
     except OSError as error:
         raise ProbeDataError(f"{parent}: the folder of labelled sets: {error}") from error
     for folder in folders:
+        if folder.name.startswith("."):
+            continue  # written aside
         if _NAME.fullmatch(folder.name):
             yield folder.name, folder
         else:

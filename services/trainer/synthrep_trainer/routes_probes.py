@@ -1,4 +1,4 @@
-"""Routes of probes and of the labelled sets that they are made on."""
+"""Routes of probes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import APIRouter, HTTPException, Response
 
 from synthrep_shared.asgi import needs, problem_answers
 from synthrep_shared.keys import Principal
-from synthrep_shared.messages import Page, ProbeRequest, ProbeSetView, ProbeView
+from synthrep_shared.messages import Page, ProbeRequest, ProbeView
 from synthrep_trainer.context import (
     CallerDep,
     Context,
@@ -22,7 +22,7 @@ from synthrep_trainer.context import (
     parse_body,
     readable,
 )
-from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, known_datasets
+from synthrep_trainer.probe_data import known_datasets
 from synthrep_trainer.problems import too_many
 from synthrep_trainer.views import probe_view
 
@@ -101,37 +101,3 @@ def list_all(
 def get(context: ContextDep, caller: CallerDep, probe_id: ProbeId) -> ProbeView:
     """State, and the result once it is completed."""
     return probe_view(context.probe(caller, probe_id))
-
-
-@router.get(
-    "/probe-datasets",
-    response_model=Page[ProbeSetView],
-    summary="Labelled sets by name",
-    responses=problem_answers(503),
-    openapi_extra=needs("read"),
-)
-def list_sets(context: ContextDep, cursor: Cursor = None, limit: Limit = 100) -> Page[ProbeSetView]:
-    """Those that travel with the service and those of its folder of labelled sets."""
-    try:
-        sets = known_datasets(context.settings)
-    except ProbeDataError as error:
-        raise HTTPException(503, "the folder of labelled sets cannot be read") from error
-    names = sorted(name for name in sets if cursor is None or name > cursor)
-    items = [_set_view(sets[name]) for name in names[:limit]]
-    next_cursor = names[limit - 1] if len(names) > limit else None
-    return Page[ProbeSetView](items=items, next_cursor=next_cursor)
-
-
-def _set_view(dataset: ProbeDataset) -> ProbeSetView:
-    try:
-        classes = dataset.class_names
-        return ProbeSetView(
-            name=dataset.name,
-            classes=None if classes is None else list(classes),
-            splits=list(dataset.splits),
-            metric=dataset.metric,
-        )
-    except ProbeDataError as error:
-        return ProbeSetView(
-            name=dataset.name, classes=None, splits=[], metric=None, error=str(error)
-        )

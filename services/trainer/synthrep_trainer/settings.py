@@ -34,6 +34,10 @@ class TrainerSettings(ServiceSettings):
     probe_originals: Path | None = None
     """Folder with published labelled sets as torchvision and their authors lay them out, for one
     `cifar-10-batches-bin`, `food-101`, `VOCdevkit/VOC2007`; empty: none."""
+    probe_folder_roots: tuple[Path, ...] = ()
+    """Folders, a JSON list; what lies below them may be named as a labelled set over the API."""
+    probe_upload_bytes: int = Field(default=1 << 30, ge=1024)
+    """Cap on a labelled set that is uploaded as a zip."""
     probe_cache_bytes: int = Field(default=20 << 30, ge=0)
     """Bound on `probe-cache` in the folder of runs: features of probes by checkpoint and set, and
     scores of baselines; 0 keeps none. One probe may need more until it ends."""

@@ -226,6 +226,15 @@ class ProbeRequest(Request):
         return self
 
 
+class ProbeSetRequest(Request):
+    """Body of `POST /v1/probe-datasets` for a folder of the server."""
+
+    name: ProbeSetName
+    """Name of the new set; none that is there."""
+    folder: str = Field(min_length=1, max_length=4000)
+    """Folder with `train` and `test`, as folders of classes or tars, under an allowed root."""
+
+
 class ProbeView(Answer):
     """State and result of a probe; value, interval and baselines are None until it is completed."""
 
