@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,7 +24,7 @@ class Show(Protocol):
 def progress(console: Console) -> Iterator[Show]:
     """The callback; what was done before the first call counts as done, not as speed."""
     if not console.is_terminal:
-        yield _Lines(console)
+        yield Lines(console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(),
                TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
@@ -40,19 +40,23 @@ def progress(console: Console) -> Iterator[Show]:
         yield draw
 
 
-class _Lines:
-    def __init__(self, console: Console) -> None:
-        self._console = console
+class Lines:
+    """A line when something was finished, else every half minute."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
         self._began: dict[str, tuple[float, int]] = {}
         self._shown_s = float("-inf")
+        self._facts = ""
 
     def __call__(self, what: str, done: int, total: int, facts: str = "") -> None:
-        now = time.monotonic()
+        now = self._clock()
         began_s, first = self._began.setdefault(what, (now, done))
-        if now - self._shown_s < _PLAIN_EVERY_S and done < total:
+        if now - self._shown_s < _PLAIN_EVERY_S and facts == self._facts:
             return
-        self._shown_s = now
+        self._shown_s, self._facts = now, facts
         rate = (done - first) / (now - began_s) if now > began_s else 0.0
-        left = f", about {(total - done) / rate / 60:.0f} minutes left" if rate else ""
+        is_known = rate > 0 and done < total
+        left = f", about {(total - done) / rate / 60:.0f} minutes left" if is_known else ""
         text = f"{what}: {done} of {total}{left}" + (f"; {facts}" if facts else "")
         self._console.print(text, soft_wrap=True)
