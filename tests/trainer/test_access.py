@@ -23,6 +23,7 @@ SCOPES = {
     "GET /v1/probe-datasets": "read",
     "GET /v1/probes": "read",
     "GET /v1/probes/{probe_id}": "read",
+    "GET /v1/probes/{probe_id}/head": "read",
     "GET /v1/comparisons/{comparison_id}": "read",
     "GET /v1/runs": "read",
     "GET /v1/runs/{run_id}": "read",

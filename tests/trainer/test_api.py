@@ -283,6 +283,9 @@ def test_a_completed_probe_shows_its_result(api, place):
     view = api.get(f"/v1/probes/{probe['id']}").json()
     assert (view["state"], view["value"], view["ci95"]) == ("completed", 0.5, [0.4, 0.6])
     assert [v["id"] for v in api.get("/v1/probes").json()["items"]] == [probe["id"]]
+    assert is_problem(api.get(f"/v1/probes/{probe['id']}/head"), 404)
+    folder.head.write_bytes(b"tensors")
+    assert api.get(f"/v1/probes/{probe['id']}/head").content == b"tensors"
 
 
 def test_labelled_sets_are_listed_with_their_classes(api):
@@ -291,7 +294,7 @@ def test_labelled_sets_are_listed_with_their_classes(api):
     assert digits["classes"] == [str(k) for k in range(10)]
     assert (digits["metric"], set(digits["splits"])) == ("accuracy", {"train", "test"})
     assert len(api.get("/v1/probe-datasets?limit=1").json()["items"]) == 1
-    assert is_problem(api.post("/v1/probe-datasets", json={}), 405)
+    assert is_problem(api.delete("/v1/probe-datasets"), 405)
 
 
 def test_too_many_waiting_requests_are_refused(api):

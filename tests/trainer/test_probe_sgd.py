@@ -82,6 +82,13 @@ def test_the_rate_that_does_best_on_validation_is_chosen_and_refitted():
     np.testing.assert_array_equal(verdict.head.weights, refitted.weights)
 
 
+def test_rows_that_validate_are_not_trained_on():
+    part = part_of(0)
+    part.features[part.is_val] = np.nan  # would make every head diverge
+    selection = SgdProtocol(epochs=2, batch_size=64).select(part, "accuracy")
+    assert len(selection.curve) == len(RATES)
+
+
 def test_heads_that_diverge_are_not_chosen(monkeypatch):
     part = part_of(0)
     monkeypatch.setattr(probe_sgd, "RATES", (0.05, 1e38))

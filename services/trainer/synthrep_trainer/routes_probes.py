@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Response
+from fastapi.responses import FileResponse
 
 from synthrep_shared.asgi import needs, problem_answers
 from synthrep_shared.keys import Principal
@@ -23,7 +24,7 @@ from synthrep_trainer.context import (
     readable,
 )
 from synthrep_trainer.probe_data import known_datasets
-from synthrep_trainer.problems import too_many
+from synthrep_trainer.problems import not_found, too_many
 from synthrep_trainer.views import probe_view
 
 router = APIRouter(prefix="/v1", tags=["probes"])
@@ -101,3 +102,21 @@ def list_all(
 def get(context: ContextDep, caller: CallerDep, probe_id: ProbeId) -> ProbeView:
     """State, and the result once it is completed."""
     return probe_view(context.probe(caller, probe_id))
+
+
+@router.get(
+    "/probes/{probe_id}/head",
+    response_class=FileResponse,
+    summary="The fitted classifier of a completed probe, as safetensors",
+    responses=problem_answers(404),
+    openapi_extra=needs("read"),
+)
+def head(context: ContextDep, caller: CallerDep, probe_id: ProbeId) -> FileResponse:
+    """logits = (features - mean) / deviation @ weights + intercepts; class names in the metadata.
+
+    404 also where the protocol makes no classifier.
+    """
+    folder = context.probe(caller, probe_id)
+    if folder.state != "completed" or not folder.head.exists():
+        raise not_found("classifier of this probe")
+    return FileResponse(folder.head, media_type="application/octet-stream")
