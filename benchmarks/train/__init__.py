@@ -1,0 +1,1 @@
+"""One training step as a share of what the processor can do."""
