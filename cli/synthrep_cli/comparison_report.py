@@ -27,8 +27,9 @@ _TEST = (
     "In brackets the 95 % interval of the mean over seeds: a bootstrap over seeds and test images, "
     f"{NUM_RESAMPLES} resamples; of one seed, over test images alone. Bold: best, and the same "
     "bootstrap of the difference to the second-best row, paired over seeds and test images, "
-    f"excludes 0. Sets with fewer than {MIN_TEST_IMAGES} test images, or where nothing beats raw "
-    "pixels, are not counted. With three seeds such intervals are rather too narrow."
+    "excludes 0, with three seeds or more. Sets with fewer than "
+    f"{MIN_TEST_IMAGES} test images, or where nothing beats raw pixels, are not counted. Where "
+    "seeds differ by more than test images account for, such an interval of three is too narrow."
 )
 
 
@@ -82,7 +83,8 @@ def _facts(part: Finished) -> str:
         f"{world.num_captions} captions with {world.images_per_caption} images each by "
         f"{world.model}. Every trained row sees {budget.views:,} image views in batches of "
         f"{budget.views_per_batch}, with the same encoder, augmentation and "
-        f"{part.config.tuning_trials} tuning trials; {len(part.config.seeds)} seeds. "
+        f"{part.config.tuning_trials} tuning trials. Seeds: "
+        f"{', '.join(map(str, part.config.seeds))}. "
         f"{_WORLDS[part.world]}"
     ).strip()
 

@@ -3,7 +3,8 @@
 A row's hits are a bool array (seeds, test images); a set's images are the same, in the same order,
 for every row and seed. The test is a paired bootstrap over seeds and test images: both are drawn
 anew with replacement, the same draw for both rows, and what is looked at is the difference. It
-takes two seeds at least; with few, an interval over seeds is too narrow rather than too wide.
+takes three seeds at least: two that agree by chance would do otherwise. Where seeds differ more
+than test images account for, an interval of few seeds is too narrow.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_RESAMPLES = 2000
-MIN_SEEDS = 2
+MIN_SEEDS = 3
 MIN_TEST_IMAGES = 1000
 PIXELS = "pixels"
 Hits = NDArray[np.bool_]  # (seeds, test images)
@@ -39,7 +40,7 @@ class Verdict:
     difference: Estimate | None
     """Best less second-best, over the seeds that both have; None without a second."""
     is_significant: bool
-    """Whether that interval excludes 0, with two seeds or more."""
+    """Whether that interval excludes 0, with three seeds or more."""
     is_counted: bool
     why_not: str = ""
     """Why the set is not counted."""

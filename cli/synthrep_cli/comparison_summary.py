@@ -85,7 +85,10 @@ def statement(summary: Summary, rows: Sequence[str], num_seeds: int) -> list[str
     if late:
         said.append(f"This table is not complete: {', '.join(late)} lack results.")
     if all(len(seeds) < MIN_SEEDS for seeds in summary.seeds.values()):
-        said.append("With one seed nothing here is significant: another seed may turn every order.")
+        said.append(
+            f"With fewer than {MIN_SEEDS} seeds nothing here is called significant: another seed "
+            "may turn every order."
+        )
     counted = {n: v for n, v in summary.verdicts.items() if v.is_counted}
     wins = [n for n, v in counted.items() if v.is_significant and v.best in METHOD]
     losses = [n for n, v in counted.items() if v.is_significant and v.best not in METHOD]

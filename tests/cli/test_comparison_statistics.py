@@ -50,9 +50,10 @@ def test_mean_is_the_score_of_the_probe(metric, by_class):
     assert found.mean == pytest.approx(score(metric, truth, predicted))
 
 
-def test_one_seed_is_never_significant():
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_are_never_significant(seeds):
     dice = np.random.default_rng(3)
-    rows = {"stablerep": hits(dice, 0.9, 1), "clip-real": hits(dice, 0.2, 1)}
+    rows = {"stablerep": hits(dice, 0.9, seeds), "clip-real": hits(dice, 0.2, seeds)}
     _, verdict = judge(rows, SIZES, by_class=False, candidates=list(rows))
     assert verdict.best == "stablerep"
     assert verdict.difference.ci95[0] > 0.5
