@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -211,6 +212,14 @@ def test_probes_and_labelled_sets(synthrep, place):
     assert folder is not None
     folder.write_status(Status(state="failed", error="no such file"))
     assert synthrep.probe(views[0].id).error == "no such file"
+
+
+def test_the_table_of_a_comparison_is_read(synthrep, place):
+    folder = place.root / "comparisons"
+    folder.mkdir()
+    report = {"id": "tiny", "rows": [], "summary": [], "statement": ["a draw"]}
+    (folder / "tiny.json").write_text(json.dumps(report))
+    assert list(synthrep.comparison("tiny").statement) == ["a draw"]
 
 
 def test_models_workers_queue_and_groups_fit_the_models(synthrep, factory):
