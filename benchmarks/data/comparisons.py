@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.data.paths import path_s, read_s, write_shard
 from benchmarks.harness import PEER_PYTHON, Dose, Measured, case, in_process, interleave
@@ -22,7 +23,7 @@ def _compare(dose: Dose, measure: Callable[..., float], ours: str, peer: str) ->
         write_shard(shard, groups)
         digest = hashlib.sha256(shard.read_bytes()).hexdigest()
         shard.with_suffix(".sha256").write_text(digest)
-        given = {"shard": str(shard), "groups": groups}
+        given: dict[str, Any] = {"shard": str(shard), "groups": groups}
         return interleave(
             lambda: 1e6 * in_process(measure, name=ours, **given),
             lambda: 1e6 * in_process(measure, python=PEER_PYTHON, name=peer, **given),
