@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,6 +179,12 @@ def test_a_folder_outside_of_the_allowed_roots_is_refused(sets, folder, tmp_path
             accept_folder(path, "mine", sets=sets, allowed_roots=[tmp_path / "allowed"])
     with pytest.raises(ProbeDataError, match="no allowed root"):
         accept_folder(folder, "mine", sets=sets, allowed_roots=[])
+
+
+@pytest.mark.parametrize("path", ["/a\0b", "/" + "x" * 5000, "/\ud800"])
+def test_what_is_no_path_is_refused(sets, path):
+    with pytest.raises(ProbeDataError):
+        accept_folder(Path(path), "mine", sets=sets, allowed_roots=[Path("/allowed")])
 
 
 def test_a_folder_without_both_parts_is_refused(sets, folder):

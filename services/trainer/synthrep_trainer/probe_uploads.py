@@ -80,7 +80,10 @@ def accept_folder(
 
     Raises ProbeDataError unless it lies under an allowed root and has both parts, NameTakenError.
     """
-    resolved = folder.resolve()
+    try:
+        resolved = folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop, a NUL
+        raise ProbeDataError("the folder is no path of this machine") from error
     if not any(resolved.is_relative_to(root.resolve()) for root in allowed_roots):
         raise ProbeDataError("the folder lies under no allowed root, see PROBE_FOLDER_ROOTS")
     _require_free(name, sets)
