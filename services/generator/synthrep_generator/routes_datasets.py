@@ -34,6 +34,7 @@ _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     206: {"description": "The range that was asked for", **_TAR},
 }
 _BAD_RANGE = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+Seq = Annotated[int, Query(ge=0, le=_MAX_SEQ, description="Sequence number to go on from")]
 ShardName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -101,9 +102,7 @@ def list_shards(
     context: ContextDep,
     caller: CallerDep,
     dataset: DatasetId,
-    after: Annotated[
-        int, Query(ge=0, le=_MAX_SEQ, description="Sequence number to go on from")
-    ] = 0,
+    after: Seq = 0,
     cursor: Position = None,
     limit: Limit = 100,
 ) -> Page[ShardView]:
@@ -126,9 +125,7 @@ def list_records(
     context: ContextDep,
     caller: CallerDep,
     dataset: DatasetId,
-    after: Annotated[
-        int, Query(ge=0, le=_MAX_SEQ, description="Sequence number to go on from")
-    ] = 0,
+    after: Seq = 0,
     cursor: Position = None,
     limit: Limit = 100,
 ) -> Page[CommitRecord]:

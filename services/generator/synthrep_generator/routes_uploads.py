@@ -20,6 +20,7 @@ from synthrep_generator.errors import HighWaterError, UploadError
 from synthrep_generator.routes_batches import IdempotencyKey, accepted_fields, generation_settings
 from synthrep_generator.uploads import FORMATS, read_spool, spool_prompts
 from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.bodies import spool_body
 from synthrep_shared.keys import Principal
 from synthrep_shared.messages import (
     DatasetName,
@@ -33,7 +34,6 @@ from synthrep_shared.storage import spool_folder
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 _MAX_UPLOADS = 4
 _SILENCE_S = 60.0
-_WRITE_BYTES = 1 << 20
 _CHARSETS = ("utf-8", "utf8", "us-ascii")
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -91,7 +91,11 @@ async def upload(
     try:
         await run_sync(_check_early, context, caller, query, idempotency_key)
         with tempfile.TemporaryFile(dir=spool_folder(context.catalog.root)) as raw:
-            await _receive(request, raw)
+            try:
+                await spool_body(request.stream(), raw, silence_s=_SILENCE_S)
+            except TimeoutError:
+                what = f"no byte of the body came for {_SILENCE_S:.0f} s"
+                raise HTTPException(408, what) from None
             answer = await run_sync(
                 _accept, context, query, raw, media_type, is_gzip, caller, idempotency_key
             )
@@ -131,23 +135,6 @@ def _check_early(
     context.admission.check_room(caller, query.dataset, idempotency_key)
 
 
-async def _receive(request: Request, raw: IO[bytes]) -> None:
-    """Write the body to disk; raises 408 if it stops coming."""
-    pending = bytearray()
-    chunks = request.stream()
-    try:
-        while True:
-            with anyio.fail_after(_SILENCE_S):
-                pending += await anext(chunks)
-            if len(pending) >= _WRITE_BYTES:
-                await run_sync(raw.write, bytes(pending))
-                pending.clear()
-    except StopAsyncIteration:
-        await run_sync(raw.write, bytes(pending))
-    except TimeoutError:
-        raise HTTPException(408, f"no byte of the body came for {_SILENCE_S:.0f} s") from None
-
-
 def _accept(
     context: Context,
     query: UploadQuery,
@@ -157,7 +144,6 @@ def _accept(
     caller: Principal,
     idempotency_key: str | None,
 ) -> UploadAccepted:
-    raw.seek(0)
     with tempfile.TemporaryFile(dir=spool_folder(context.catalog.root)) as spool:
         summary = spool_prompts(raw, spool, media_type=media_type, is_gzip=is_gzip)
         if summary.num_prompts == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -12,6 +13,7 @@ import anyio.to_thread
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from synthrep_shared.asgi import needs, problem_answers
+from synthrep_shared.bodies import spool_body
 from synthrep_shared.messages import Page, ProbeSetRequest, ProbeSetView
 from synthrep_shared.messages.fields import ProbeSetName
 from synthrep_trainer.context import Context, ContextDep, Cursor, Limit, parse_body
@@ -89,9 +91,14 @@ async def add(
         raise too_many(f"{_MAX_UPLOADS} uploads are coming in; send this one later") from None
     try:
         with tempfile.TemporaryFile(dir=context.place.root) as body:
-            limit = context.settings.probe_upload_bytes
             is_zip = media_type == "application/zip"
-            await _receive(request, body, limit if is_zip else context.settings.max_body_bytes)
+            settings = context.settings
+            limit = settings.probe_upload_bytes if is_zip else settings.max_body_bytes
+            try:
+                await spool_body(_capped(request.stream(), limit), body, silence_s=_SILENCE_S)
+            except TimeoutError:
+                what = f"no byte of the body came for {_SILENCE_S:.0f} s"
+                raise HTTPException(408, what) from None
             accept = _accept_zip if is_zip else _accept_folder
             dataset = await anyio.to_thread.run_sync(accept, context, body, name)
     finally:
@@ -101,21 +108,14 @@ async def add(
     return _set_view(dataset)
 
 
-async def _receive(request: Request, body: IO[bytes], limit: int) -> None:
-    """Write the body to disk; raises 408 if it stops coming, 413 beyond the limit."""
-    chunks, size = request.stream(), 0
-    try:
-        while True:
-            with anyio.fail_after(_SILENCE_S):
-                chunk = await anext(chunks)
-            size += len(chunk)
-            if size > limit:
-                raise HTTPException(413, f"the body may hold at most {limit} bytes")
-            await anyio.to_thread.run_sync(body.write, chunk)
-    except StopAsyncIteration:
-        body.seek(0)
-    except TimeoutError:
-        raise HTTPException(408, f"no byte of the body came for {_SILENCE_S:.0f} s") from None
+async def _capped(chunks: AsyncIterator[bytes], limit: int) -> AsyncIterator[bytes]:
+    """The chunks as they come; raises 413 beyond the limit, which depends on the body's type."""
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise HTTPException(413, f"the body may hold at most {limit} bytes")
+        yield chunk
 
 
 def _accept_zip(context: Context, body: IO[bytes], name: str | None) -> ProbeDataset:

@@ -6,6 +6,7 @@ generator for each image, so that pixels depend on their batch mates by rounding
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +27,7 @@ class Text(NamedTuple):
     is_negative: bool = False
 
 
-class Family:
+class Family(ABC):
     """Base of the adapters; what it does fits a latent diffusion model with a UNet or transformer.
 
     Legend: `B` images, `C` channels, `h`, `w` sides of latents.
@@ -52,9 +53,9 @@ class Family:
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
 
+    @abstractmethod
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
         """Embeddings of the texts, in order."""
-        raise NotImplementedError
 
     def windows(self) -> list[tuple[Any, int]]:
         """(tokenizer, tokens that it may give) of each encoder that must take the whole caption."""
