@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synthrep_cli import (
+    batch_commands,
     compare_command,
     dataset_commands,
     export_command,
@@ -39,6 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(batch_commands.app, name="batch")
 app.add_typer(dataset_commands.app, name="dataset")
 app.add_typer(models_commands.app, name="models")
 

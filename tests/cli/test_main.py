@@ -34,6 +34,7 @@ RUN = {
     "images_seen": 0, "loss": None, "generated_per_trained": None, "images_per_s": None,
     "created_at": "2026-01-01T00:00:00Z", "error": None,
 }  # fmt: skip
+FAILURE = {"index": 3, "prompt": "a cat", "reason": "blank image", "attempts": 4}
 SCORE = {"value": 0.5, "ci95": [0.4, 0.6]}
 PROBE = {
     "id": "p1", "state": "completed", "request": {}, "dataset": "digits", "protocol": "linear",
@@ -57,6 +58,10 @@ class Services:
             "POST /v1/batches": None,
             "GET /v1/batches": page(BATCH),
             "GET /v1/batches/b1": BATCH,
+            "POST /v1/batches/b1/pause": BATCH | {"state": "paused"},
+            "POST /v1/batches/b1/resume": BATCH,
+            "POST /v1/batches/b1/cancel": BATCH | {"state": "cancelled"},
+            "GET /v1/batches/b1/failures": page(FAILURE),
             "GET /v1/datasets": page(DATASET),
             "POST /v1/runs": RUN,
             "POST /v1/probes": PROBE | {"state": "running", "value": None, "ci95": None},
@@ -82,7 +87,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Services:
     """Stands for both services in every command."""
     stub = Services()
     client = partial(SynthRep, transport=httpx.MockTransport(stub))
-    for module in ("main", "dataset_commands"):
+    for module in ("main", "batch_commands", "dataset_commands"):
         monkeypatch.setattr(f"synthrep_cli.{module}.SynthRep", client)
     monkeypatch.setattr("synthrep_cli.main.time.sleep", lambda _: None)
     return stub
@@ -105,6 +110,10 @@ PRINTING = [
     ("status", "b1"),
     ("train", "--dataset", "birds", "--max-steps", "9"),
     ("probe", "r1", "--dataset", "digits"),
+    ("batch", "pause", "b1"),
+    ("batch", "resume", "b1"),
+    ("batch", "cancel", "b1"),
+    ("batch", "failures", "b1"),
     ("dataset", "ls"),
     ("models", "ls"),  # the last: it asks no service
 ]
@@ -129,7 +138,7 @@ def test_help_of_every_command_teaches_every_parameter(path):
         assert parameter.help, f"{' '.join(path)}: {parameter.name} is not explained"
 
 
-@pytest.mark.parametrize("path", [(), ("dataset",), ("models",)], ids=str)
+@pytest.mark.parametrize("path", [(), ("batch",), ("dataset",), ("models",)], ids=str)
 def test_a_group_without_a_command_shows_its_help(path):
     assert run(*path).output.strip().startswith("Usage")
 
@@ -251,7 +260,7 @@ def test_json_is_for_programs_and_a_table_for_people(services, arguments):
 
 
 def test_every_command_that_prints_a_result_takes_json():
-    silent = {("demo",), ("up",), ("watch",), ("dataset",), ("models",)}
+    silent = {("demo",), ("up",), ("watch",), ("batch",), ("dataset",), ("models",)}
     for path in COMMANDS:
         options = {option for parameter in find(path).params for option in parameter.opts}
         assert ("--json" in options) == (path not in silent), path
@@ -336,3 +345,15 @@ def test_watch_shows_batches_and_runs_until_interrupted(services, monkeypatch):
     assert result.exit_code == 130
     assert re.search(r"b1 .* running .* 3/5 captions .* 3.5 images/s", result.stdout)
     assert re.search(r"r1 .* running .* step 3/9 .* 2.5", result.stdout)
+
+
+@pytest.mark.parametrize(("verb", "state"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_a_batch_is_steered_and_says_where_it_is(services, verb, state):
+    result = run("batch", verb, "b1")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"b1  {state}: 2 of 5 captions committed, 1 failed")
+
+
+def test_failures_come_with_their_reasons(services):
+    assert "blank image" in run("batch", "failures", "b1").output
+    assert run("batch", "cancel", "b2").exit_code == 1
