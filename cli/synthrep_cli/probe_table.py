@@ -53,26 +53,24 @@ class ProbeRow:
 
 
 def probe_table(rows: list[ProbeRow]) -> Table:
-    """The table for the terminal."""
-    table = Table(title="Probes of frozen features (95 % interval)")
+    """The table for the terminal, narrow enough for 80 columns."""
+    protocols = ", ".join(sorted({row.protocol for row in rows}))
+    table = Table(title=f"Probes of frozen features: {protocols} (95 % interval below)")
     table.add_column("set")
-    table.add_column("protocol")
-    for name in ("test images", "trained", "untrained encoder", "raw pixels", "majority", ""):
+    for name in ("tests", "trained", "untrained", "pixels", "majority", ""):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row.dataset,
-            row.protocol,
             str(row.n_test),
-            with_interval(row.trained, row.ci95),
-            with_interval(row.random_init, row.random_init_ci95),
-            with_interval(row.pixels, row.pixels_ci95),
+            _over_interval(row.trained, row.ci95),
+            _over_interval(row.random_init, row.random_init_ci95),
+            _over_interval(row.pixels, row.pixels_ci95),
             f"{row.majority:.1%}",
             "better" if row.is_better_than_untrained else "–",
         )
     return table
 
 
-def with_interval(value: float, interval: tuple[float, float]) -> str:
-    """`93.2% [92.1, 94.3]`."""
-    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def _over_interval(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.1%}\n{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"

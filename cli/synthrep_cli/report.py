@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from synthrep_cli.probe_table import ProbeRow, with_interval
+from synthrep_cli.probe_table import ProbeRow
 from synthrep_shared.client import SynthRep
 from synthrep_shared.samples import parse_member_name
 
@@ -89,9 +89,9 @@ def _groups(tar: bytes) -> list[tuple[str, list[str]]]:
 def _page(report: DemoReport, gallery: list[tuple[str, list[str]]]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(r.dataset)}</td><td>{r.n_test}</td>"
-        f"<td><b>{with_interval(r.trained, r.ci95)}</b></td>"
-        f"<td>{with_interval(r.random_init, r.random_init_ci95)}</td>"
-        f"<td>{with_interval(r.pixels, r.pixels_ci95)}</td><td>{r.majority:.1%}</td></tr>"
+        f"<td><b>{_with_interval(r.trained, r.ci95)}</b></td>"
+        f"<td>{_with_interval(r.random_init, r.random_init_ci95)}</td>"
+        f"<td>{_with_interval(r.pixels, r.pixels_ci95)}</td><td>{r.majority:.1%}</td></tr>"
         for r in report.probes
     )
     groups = "".join(
@@ -167,3 +167,8 @@ def _loss_chart(metrics: list[dict[str, Any]]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("multi-positive contrastive loss")
     return svg(figure)
+
+
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
+    """`93.2% [92.1, 94.3]`."""
+    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
