@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from typing import Any
 
@@ -97,8 +97,14 @@ def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> A
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     catalog: Catalog = app.state.context.catalog
     # Long logs are read while the health checks answer already.
-    threading.Thread(target=catalog.datasets, name="first-look", daemon=True).start()
+    threading.Thread(target=_first_look, args=(catalog,), name="first-look", daemon=True).start()
     yield
+
+
+def _first_look(catalog: Catalog) -> None:
+    """Read the logs once; a store that does not answer yet is the readiness check's to report."""
+    with suppress(OSError):
+        catalog.datasets()
 
 
 def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
