@@ -44,6 +44,9 @@ class ServiceSettings(BaseSettings):
     loopback only, no authentication. Make one with `openssl rand -hex 32`."""
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     """Least severity that is logged."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port at which processes that are no API answer Prometheus, without a key, on the host's
+    address; those that a launcher starts take the next ones. 0: they do not."""
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +78,11 @@ class ServiceSettings(BaseSettings):
         if len({key.key_sha256.get_secret_value() for key in keys}) < len(keys):
             raise ValueError("an API key is given twice")
         return keys
+
+    def metrics_ports(self, first: int = 0, count: int = 1) -> range:
+        """The ports `first` to `first + count - 1` after that of the setting, if it has one."""
+        start = self.metrics_port + first
+        return range(start, start + count if self.metrics_port else start)
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> ServiceSettings:

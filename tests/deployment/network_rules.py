@@ -39,10 +39,25 @@ def network(documents: Sequence[Document]) -> Iterator[str]:
             policies, api, _namespace(namespace), "http"
         ):
             yield f"{namespace} cannot reach generator-api"
+    for name, port in monitored(documents):
+        labels = templates[name]["metadata"]["labels"]
+        if not _enters(policies, labels, _namespace("monitoring"), port):
+            yield f"monitoring cannot reach {port} of {name}"
     if "models-pull" in templates and not _leaves(
         policies, templates["models-pull"]["metadata"]["labels"], {"ip": "203.0.113.1"}, 443
     ):
         yield "models-pull cannot reach the hub"
+
+
+def monitored(documents: Sequence[Document]) -> Iterator[tuple[str, str]]:
+    """The pods, by component, and their ports that a PodMonitor has Prometheus ask."""
+    for monitor in of_kind(documents, "PodMonitor"):
+        asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+        for _, template in pods(documents):
+            if _selects(monitor["spec"]["selector"], template["metadata"]["labels"]):
+                for port in template["spec"]["containers"][0].get("ports", ()):
+                    if port["name"] in asked:
+                        yield component(template), port["name"]
 
 
 def _redis(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.settings import ServiceSettings
 from synthrep_trainer.settings import TrainerSettings
+from tests.deployment.network_rules import monitored
 from tests.deployment.render import (
     Document,
     component,
@@ -26,6 +27,17 @@ SERVICES: dict[str, type[ServiceSettings]] = {
     "SYNTHREP_GENERATOR_": GeneratorSettings,
     "SYNTHREP_TRAINER_": TrainerSettings,
 }
+_FIGURES = {
+    "generator-reconciler": ("metrics",),
+    "generator-worker": ("metrics",),
+    "trainer": ("metrics", "metrics-run", "metrics-probe"),
+    "training": ("metrics-run",),
+}
+_RUN, _PROBE = (
+    TrainerSettings(metrics_port=1).metrics_ports_of_runs[0] - 1,
+    TrainerSettings(metrics_port=1).metrics_ports_of_probes[0] - 1,
+)
+_AFTER_THE_FIRST = {"metrics": 0, "metrics-run": _RUN, "metrics-probe": _PROBE}
 _AGREED = (
     "SYNTHREP_GENERATOR_QUEUE",
     "SYNTHREP_GENERATOR_ROOT",
@@ -170,6 +182,25 @@ def probes(documents: Sequence[Document]) -> Iterator[str]:
                     yield f"{name}: {kind} looks at {path}, the heartbeat is {heartbeat}"
             if kind == "livenessProbe" and "readyz" in str(container.get(kind)):
                 yield f"{name}: Redis' absence would restart it"
+
+
+def figures(documents: Sequence[Document]) -> Iterator[str]:
+    """What is no API names the ports at which it answers Prometheus; a monitor asks them all."""
+    asked = set(monitored(documents))
+    has_monitor = any(of_kind(documents, "PodMonitor"))
+    for name, template in pods(documents):
+        who, found = component(template), environment(template, documents)
+        named = template["spec"]["containers"][0].get("ports", ())
+        ports = {port["name"]: port["containerPort"] for port in named}
+        for port in _FIGURES.get(who, ()):
+            if port not in ports:
+                yield f"{name}: names no port {port}"
+            elif has_monitor and (who, port) not in asked:
+                yield f"{name}: no monitor asks {port}"
+        first = found.get(f"SYNTHREP_{who.partition('-')[0].upper()}_METRICS_PORT")
+        for port in _AFTER_THE_FIRST.keys() & ports.keys() if first else ():
+            if ports[port] != int(first) + _AFTER_THE_FIRST[port]:
+                yield f"{name}: {port} is {ports[port]}, the first port is {first}"
 
 
 def selectors(documents: Sequence[Document]) -> Iterator[str]:

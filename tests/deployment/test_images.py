@@ -61,8 +61,8 @@ def test_yaml_is_clean():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("arguments", [["shared[s3]", "services/generator"],
-                                       ["shared[s3]", "services/trainer"]])  # fmt: skip
+@pytest.mark.parametrize("arguments", [["shared[s3,trace]", "services/generator"],
+                                       ["shared[s3,trace]", "services/trainer"]])  # fmt: skip
 def test_an_api_image_has_no_torch(arguments):
     assert wanted(*arguments) & HEAVY == set()
     assert "fastapi" in wanted(*arguments)

@@ -29,6 +29,7 @@ RULES: tuple[Callable[[Sequence[Document]], Iterator[str]], ...] = (
     pod_rules.references,
     pod_rules.settings,
     pod_rules.probes,
+    pod_rules.figures,
     pod_rules.selectors,
     scaling_rules.grace,
     scaling_rules.gpu_pools,
@@ -121,6 +122,17 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         "prod", lambda d: d.pop("NetworkPolicy/api-from-keda"), "keda cannot reach"),
     "no network rule for Prometheus": (
         "prod", lambda d: d.pop("NetworkPolicy/api-from-prometheus"), "monitoring cannot"),
+    "no network rule for the figures of workers": (
+        "prod", lambda d: d.pop("NetworkPolicy/processes-from-prometheus"),
+        "monitoring cannot reach metrics of generator-worker"),
+    "a worker whose figures nobody can name": (
+        "prod", lambda d: _container(L4)(d).pop("ports"), "names no port metrics"),
+    "figures on another port": (
+        "prod", lambda d: d["ConfigMap/trainer"]["data"].update(
+            SYNTHREP_TRAINER_METRICS_PORT="9100"), "the first port is 9100"),
+    "figures that Prometheus does not ask for": (
+        "prod", lambda d: d["PodMonitor/synthrep"]["spec"]["podMetricsEndpoints"].pop(),
+        "no monitor asks metrics-probe"),
     "no network rule for names": (
         "prod", lambda d: d.pop("NetworkPolicy/dns"), "cannot resolve"),
     "no network rule for S3": (

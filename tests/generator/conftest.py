@@ -35,6 +35,7 @@ class FakeBacklog:
     live: list[WorkerView] = field(default_factory=list)
     is_up: bool = True
     nudges: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
 
     def _check(self) -> None:
         if not self.is_up:
@@ -42,7 +43,7 @@ class FakeBacklog:
 
     def queue_view(self) -> QueueView:
         self._check()
-        return QueueView(depth=self.depth, running=len(self.prompts))
+        return QueueView(self.depth, len(self.prompts), dict(self.filtered))
 
     def running_prompts(self) -> dict[str, int]:
         self._check()

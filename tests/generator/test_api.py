@@ -156,6 +156,13 @@ def test_without_redis_files_answer_and_work_is_taken_in(client, backlog):
     assert float(age) == 0.0  # all of it was cancelled
 
 
+def test_figures_tell_what_quality_gates_refused(client, backlog):
+    backlog.filtered = {"blank": 3, "caption": 2}
+    text = client.get("/metrics").text
+    assert 'synthrep_generator_filtered_images_total{check="blank"} 3.0' in text
+    assert 'synthrep_generator_filtered_images_total{check="caption"} 2.0' in text
+
+
 def test_life_of_a_batch_is_told_from_its_files(client, pets, backlog):
     header = pets.accept(["a", "b", "c", "d"])
     url = f"/v1/batches/{header.id}"

@@ -179,10 +179,12 @@ def test_more_images_than_the_device_takes_are_made_in_order(synthesizer: Any) -
 
 
 def test_time_of_denoising_and_decoding_is_told(synthesizer: Any) -> None:
-    before_s, started = synthesizer.device_s, time.perf_counter()
+    before, started = synthesizer.use, time.perf_counter()
     synthesizer.generate([ImageTask("a", 1), ImageTask("b", 2)], recipe(), lambda: None)
     spent_s = time.perf_counter() - started
-    assert 0.5 * spent_s < synthesizer.device_s - before_s < spent_s
+    use = synthesizer.use.since(before)
+    assert min(use.denoise_s, use.decode_s) > 0
+    assert 0.5 * spent_s < use.denoise_s + use.decode_s < spent_s
 
 
 def test_each_caption_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +252,7 @@ def test_out_of_memory_halves_the_batch(folder: Path, monkeypatch: pytest.Monkey
     limit = 2
     assert len(make(synthesizer, tasks, recipe(num_inference_steps=1))) == 8
     assert sizes == [8, 4, 2, 2, 2, 2]
+    assert synthesizer.use.out_of_memory == 2
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         make(synthesizer, tasks[:1], recipe(num_inference_steps=1))

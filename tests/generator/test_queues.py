@@ -111,6 +111,14 @@ def test_a_worker_is_shown_until_it_falls_silent(queue: WorkQueue) -> None:
     assert queue.workers() == []
 
 
+def test_refused_images_add_up_over_workers(queue: WorkQueue) -> None:
+    assert queue.queue_view().filtered == {}
+    queue.count_filtered({"blank": 2, "caption": 1})
+    queue.count_filtered({"blank": 3})
+    queue.count_filtered({})
+    assert queue.queue_view().filtered == {"blank": 5, "caption": 1}
+
+
 def test_a_nudge_wakes_once(queue: WorkQueue) -> None:
     queue.nudge()
     queue.nudge()

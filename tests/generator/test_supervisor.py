@@ -87,6 +87,15 @@ def test_a_crash_names_the_prompts_in_work_and_the_next_run_gets_a_new_process(
     assert outcome.active == {Place("b0", 2), Place("b0", 3)}  # one pass: four images
     assert "-9" in outcome.reason
     assert isinstance(supervisor.run(chunk(2), lambda: None), Finished)
+    counted = [
+        supervisor.figures.registry.get_sample_value(f"synthrep_generator_worker_{name}", labels)
+        for name, labels in (
+            ("runs_total", {"end": "crashed"}), ("runs_total", {"end": "finished"}),
+            ("device_starts_total", {}), ("device_losses_total", {}),
+            ("groups_total", {}), ("images_total", {}), ("batch_images", {}), ("leases_held", {}),
+        )
+    ]  # fmt: skip
+    assert counted == [1, 1, 2, 1, 2, 4, 4, 0]
 
 
 def test_an_exception_of_the_model_is_a_crash_with_its_reason(start: Start) -> None:

@@ -335,6 +335,18 @@ def test_numbers_for_prometheus(api, place):
     assert f'synthrep_trainer_run_step{{run="{folder.id}"}} 3.0' in text
 
 
+def test_a_loss_that_is_no_number_is_shown_as_such(api, place):
+    folder = place.run(api.post("/v1/runs", json=RUN).json()["id"])
+    train_some(folder, 3)
+    lines = folder.metrics.read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"loss": None, "is_skipped": True})
+    folder.metrics.write_text("\n".join(lines) + "\n")
+    folder.write_status(Status(state="running"))
+    with locked(folder.lease):
+        text = api.get("/metrics").text
+    assert f'synthrep_trainer_run_loss{{run="{folder.id}"}} NaN' in text
+
+
 def test_prometheus_sees_the_newest_value_of_each_probe(api, place):
     run_id = api.post("/v1/runs", json=RUN).json()["id"]
     request = ProbeRequest(run_id=run_id, dataset="digits", protocol="knn")

@@ -82,6 +82,7 @@ def test_batches_are_paused_above_the_bound_and_resumed_at_half_of_it(
         stock[0] = Pressure(images, is_waiting=False)
         governor.look()
         assert generator.states["a"] == state, images
+    assert governor.pauses == 2
     assert generator.states["c"] == "paused"
     assert not [asked for asked in generator.asked if asked[-1] in "cd"]
 

@@ -358,9 +358,12 @@ def test_training_waits_for_its_ratio(shard_maker, tmp_path):
         assert stream.next_batch(NEVER) is not None
     threading.Timer(0.2, lambda: shard_maker.commit(2, images=2)).start()
     seen = []
+    waits, wait_s = stream.ratio_waits, stream.ratio_wait_s
     stream.next_batch(lambda: seen.append(stream.pressure.is_waiting))
     assert stream.images_committed == 16
     assert seen
+    assert stream.ratio_waits == waits + 1
+    assert stream.ratio_wait_s > wait_s
     assert not stream.pressure.is_waiting
 
 

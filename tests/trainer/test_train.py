@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 import torch
 
+from synthrep_cli.stack import free_port
 from synthrep_shared.messages import RunRequest
 from synthrep_trainer import train
 from synthrep_trainer.checkpoint_folders import list_checkpoints
@@ -220,6 +222,22 @@ def test_checkpoints_come_when_due_and_at_the_end(shard_maker, settings, submit,
     assert train.run(run, settings, never)
     assert saved == [3, 6, 9, 11]
     assert [c.step for c in list_checkpoints(run.checkpoints)] == [9, 11]
+
+
+def test_figures_are_shown_while_it_trains(shard_maker, settings, submit):
+    shard_maker.commit(12)
+    run, port = submit(max_steps=3), free_port()
+    texts = []
+
+    def scrape() -> bool:
+        texts.append(httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text)
+        return False
+
+    assert train.run(run, settings.model_copy(update={"metrics_port": port - 1}), scrape)
+    labels = f'{{rank="0",run="{run.id}"}}'
+    assert f"synthrep_trainer_process_steps_total{labels} 0.0" in texts[0]
+    assert f"synthrep_trainer_process_steps_total{labels} 2.0" in texts[-1]
+    assert f"synthrep_trainer_process_images_total{labels} 16.0" in texts[-1]
 
 
 def test_a_completed_run_has_nothing_left_to_do(shard_maker, settings, submit):

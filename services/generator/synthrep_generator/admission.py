@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from synthrep_generator.backlog import LiveWork
 from synthrep_generator.catalog import Catalog
@@ -38,7 +41,9 @@ from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_shared.keys import Principal
 from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.storage import DatasetPaths, free_bytes
+from synthrep_shared.tracing import NoTracer, Tracer
 
+logger = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 3600
 
 
@@ -92,8 +97,14 @@ class Admission:
     clients meet a door that is open or shut and not one that flutters.
     """
 
-    def __init__(self, settings: GeneratorSettings, catalog: Catalog, live: LiveWork) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: GeneratorSettings,
+        catalog: Catalog,
+        live: LiveWork,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._settings, self._tracer = settings, tracer or NoTracer()
         self._catalog = catalog
         self._live = live
         self._lock = threading.Lock()
@@ -144,6 +155,7 @@ class Admission:
         Raises what `complete` raises, IdempotencyConflictError, DatasetDeniedError, HighWaterError,
         DiskReserveError; in each case nothing of the batch is visible.
         """
+        began = time.monotonic()
         settings = self.complete(order.settings)
         key = order.idempotency_key
         batch_id = secrets.token_hex(16)
@@ -167,11 +179,19 @@ class Admission:
             index = self._catalog.make(order.dataset)
             if write_batch(index.paths, header, prompts):
                 index.register(header)
+                self._note(header, time.monotonic() - began)
                 return header
         earlier = self._earlier(order, batch_id)
         if earlier is None:
             raise IntakeError(f"intake file {batch_id} vanished")
         return earlier
+
+    def _note(self, header: BatchHeader, seconds: float) -> None:
+        facts: dict[str, Any] = {
+            "batch": header.id, "dataset": header.dataset, "prompts": header.num_prompts,
+        }  # fmt: skip
+        logger.info("batch accepted", extra=facts)
+        self._tracer.record("accept batch", about=header.id, seconds=seconds, is_root=True, **facts)
 
     def _earlier(self, order: Order, batch_id: str) -> BatchHeader | None:
         try:

@@ -42,6 +42,7 @@ from synthrep_shared.asgi import App, Guard, describe_keys
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import BatchRequest, Problem
 from synthrep_shared.storage import prepare_root
+from synthrep_shared.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 _VERSION = "0.1.0"
@@ -62,7 +63,7 @@ def create_app(settings: GeneratorSettings, backlog: Backlog | None = None) -> A
     prepare_root(settings.root)
     catalog = Catalog(settings.root, copy_bytes=settings.copy_bytes)
     live = LiveWork(WorkQueue(settings) if backlog is None else backlog)
-    admission = Admission(settings, catalog, live)
+    admission = Admission(settings, catalog, live, make_tracer("generator-api"))
     context = Context(settings=settings, catalog=catalog, live=live, admission=admission)
     app = FastAPI(
         title="SynthRep generator",

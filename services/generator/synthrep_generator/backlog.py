@@ -28,12 +28,14 @@ _MAX_REFRESHES_BEHIND = 4  # numbers so old do beside an answer from files; new 
 
 
 class QueueState(Protocol):
-    """Jobs that wait and jobs that a live worker holds."""
+    """Jobs that wait and jobs that a live worker holds; images refused so far, by check."""
 
     @property
     def depth(self) -> int: ...
     @property
     def running(self) -> int: ...
+    @property
+    def filtered(self) -> Mapping[str, int]: ...
 
 
 class WorkerState(Protocol):

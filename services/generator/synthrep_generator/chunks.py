@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -50,6 +50,12 @@ class Chunk(BaseModel):
     def id(self) -> str:
         """Thirty-two hex digits."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:32]
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What logs and traces call it: its id, its data set, its batches."""
+        batches = list(dict.fromkeys(part.batch for part in self.parts))
+        return {"chunk": self.id, "dataset": self.dataset, "batches": batches}
 
     @property
     def num_prompts(self) -> int:

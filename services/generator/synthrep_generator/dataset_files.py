@@ -8,7 +8,7 @@ from synthrep_generator.chunks import Chunk
 from synthrep_generator.intake import IntakeReader, list_paused
 from synthrep_shared.commit_log import CommitLog
 from synthrep_shared.errors import StorageError
-from synthrep_shared.storage import DatasetPaths, Location
+from synthrep_shared.storage import DatasetPaths, Location, free_bytes
 
 _MAX_READERS = 64
 
@@ -53,4 +53,11 @@ def is_held_back(root: Location, chunk: Chunk) -> bool:
     with suppress(OSError):
         paused = list_paused(DatasetPaths(root, chunk.dataset))
         return any(part.batch in paused for part in chunk.parts)
+    return False
+
+
+def is_disk_full(root: Location, reserve_bytes: int) -> bool:
+    """Whether less than the reserve is free; no, where nothing was accepted yet."""
+    with suppress(FileNotFoundError):
+        return free_bytes(root) < reserve_bytes
     return False

@@ -43,7 +43,13 @@ from synthrep_generator.pipe import (
 )
 from synthrep_generator.quality_gate import CaptionJudge, Judges, SafetyJudge
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
-from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Recipe, Synthesizer
+from synthrep_generator.synthesis import (
+    DeviceUse,
+    FakeSynthesizer,
+    ImageTask,
+    Recipe,
+    Synthesizer,
+)
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import GenerationSettings
@@ -65,6 +71,7 @@ class _JobWatch:
         self._channel = channel
         self._active: tuple[tuple[str, int], ...] = ()
         self._sent_at = 0.0
+        self.made_at: float | None = None
         self.wish: StopChunk | None = None
         self.chunk_id = ""
 
@@ -77,6 +84,7 @@ class _JobWatch:
         """See jobs.Watch."""
         self._active = tuple((place.batch, place.index) for place in places)
         self._send()
+        self.made_at = None if places else time.monotonic()
         if places:
             self.step()
 
@@ -150,19 +158,24 @@ class DeviceProcess:
         # A wish for this run cannot have come yet: it waits for this run's Ready.
         self._watch.chunk_id, self._watch.wish = chunk.id, None
         request = make_request(chunk, self._datasets[chunk.dataset])
-        result, device_s = JobResult(), 0.0
+        result, use, write_s, batch_images = JobResult(), DeviceUse(), 0.0, 0
         if request is not None:
             # First of all: from the model's Ready on, a silence counts as a hang.
             judges = self._load_judges(request.settings)
             synthesizer = self._load(request.settings.model, chunk.id)
-            before_s = synthesizer.device_s
+            before, self._watch.made_at = synthesizer.use, None
             result = self._generate(request, synthesizer, judges)
-            device_s = synthesizer.device_s - before_s
+            use, batch_images = synthesizer.use.since(before), synthesizer.batch_images
+            write_s = time.monotonic() - (self._watch.made_at or time.monotonic())
         self._channel.send(
             Finished(
                 chunk_id=chunk.id,
                 stopped=self._watch.is_stopped,
-                device_s=round(device_s, 4),
+                device_s=round(use.denoise_s + use.decode_s, 4),
+                decode_s=round(use.decode_s, 4),
+                write_s=round(write_s, 4),
+                out_of_memory=use.out_of_memory,
+                batch_images=batch_images,
                 grown_bytes=max(0, private_bytes() - self._bytes_at_first),
                 **result.model_dump(),
             )

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from synthrep_generator.pipelines.loading import load_family
 from synthrep_generator.settings import ModelConfig
 from synthrep_generator.synthesis import (
     CaptionFit,
+    DeviceUse,
     ImageTask,
     PendingImages,
     Pixels,
@@ -81,7 +82,7 @@ class DiffusersSynthesizer:
         self._tokenizing = threading.Lock()  # tokenizers are for one thread at a time
         self._fit = functools.lru_cache(_MAX_FITS)(family.fit)
         self._sizes = sizes
-        self._device_s = 0.0
+        self._use = DeviceUse()
         self._max_batch = self._first_batch_size()
 
     @property
@@ -107,9 +108,9 @@ class DiffusersSynthesizer:
         return self._max_batch
 
     @property
-    def device_s(self) -> float:
+    def use(self) -> DeviceUse:
         """See synthesis.Synthesizer."""
-        return self._device_s
+        return self._use
 
     def caption_fit(self, prompt: str) -> CaptionFit:
         """See synthesis.Synthesizer."""
@@ -134,7 +135,7 @@ class DiffusersSynthesizer:
             return ReadyImages([PermanentPromptError(reason) for _ in tasks])
         refusals = [refuse_long(self.caption_fit(task.prompt), recipe) for task in tasks]
         wanted = [task for task, no in zip(tasks, refusals, strict=True) if no is None]
-        return _Pending(refusals, self._make(wanted, recipe, on_step), self._timed)
+        return _Pending(refusals, self._make(wanted, recipe, on_step), self._decoding)
 
     def _make(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
@@ -147,7 +148,7 @@ class DiffusersSynthesizer:
             started: Decoding | None = None
             try:
                 latents = self._denoise(part, recipe, on_step)
-                with self._timed():
+                with self._decoding():
                     started = self._decoder.start(latents, on_step)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -161,12 +162,22 @@ class DiffusersSynthesizer:
         return decodings
 
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _denoising(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._device_s += time.perf_counter() - started
+            spent_s = self._use.denoise_s + time.perf_counter() - started
+            self._use = replace(self._use, denoise_s=spent_s)
+
+    @contextlib.contextmanager
+    def _decoding(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent_s = self._use.decode_s + time.perf_counter() - started
+            self._use = replace(self._use, decode_s=spent_s)
 
     def _denoise(
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
@@ -181,7 +192,7 @@ class DiffusersSynthesizer:
         generators = [torch.Generator().manual_seed(task.seed) for task in tasks]
         shape = self._family.noise_shape(self._model.generate_px)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        with self._attention(), self._timed():
+        with self._attention(), self._denoising():
             return self._family.denoise(
                 captions,
                 negative,
@@ -211,6 +222,7 @@ class DiffusersSynthesizer:
     def _back_off(self, images: int) -> None:
         torch.cuda.empty_cache()
         self._max_batch = images
+        self._use = replace(self._use, out_of_memory=self._use.out_of_memory + 1)
         if self._model.device_batch_images == "auto":
             self._sizes.put(self._size_key, images)
         logger.warning("out of device memory", extra={"batch_images": images})
@@ -250,13 +262,13 @@ class _Pending:
 
     refusals: list[PermanentPromptError | None]
     decodings: list[Decoding]
-    timed: Callable[[], contextlib.AbstractContextManager[None]]
+    decoding: Callable[[], contextlib.AbstractContextManager[None]]
 
     @property
     def is_ready(self) -> bool:
         return all(decoding.is_ready for decoding in self.decodings)
 
     def results(self) -> list[Pixels | PermanentPromptError]:
-        with self.timed():
+        with self.decoding():
             made = iter([result for each in self.decodings for result in each.results()])
         return [next(made) if no is None else no for no in self.refusals]

@@ -33,6 +33,7 @@ from synthrep_shared.asgi import (
     problem_answers,
 )
 from synthrep_shared.storage import free_bytes
+from synthrep_shared.tracing import CALLER
 
 router = APIRouter(tags=["service"])
 _PREFIX = "synthrep_generator_"
@@ -134,11 +135,16 @@ class ProgressCollector(Collector):
             _PREFIX + "workers_images_per_second", "Speed of all live workers together."
         )
         speed.add_metric([], sum(worker.images_per_s or 0.0 for worker in snapshot.workers))
-        yield from (jobs, workers, speed)
+        filtered = CounterMetricFamily(
+            _PREFIX + "filtered_images", "Images that quality gates refused.", labels=["check"]
+        )
+        for check, images in snapshot.queue.filtered.items():
+            filtered.add_metric([check], images)
+        yield from (jobs, workers, speed, filtered)
 
 
 class RequestMetrics:
-    """Counts and times the requests that pass through to the app, by route."""
+    """Counts and times the requests that pass through to the app, by route, for traces too."""
 
     def __init__(self, app: App, registry: CollectorRegistry) -> None:
         self._app = app
@@ -161,6 +167,8 @@ class RequestMetrics:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        caller = dict(scope["headers"]).get(b"traceparent", b"")
+        CALLER.set(caller.decode("latin-1"))
 
         async def send_and_count(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -57,8 +57,10 @@ class Beat(_Line):
 class Finished(_Line):
     """From the device: the run is over, its outcomes are in the log.
 
-    Of the run's time, `device_s` went into denoising and decoding. The process holds `grown_bytes`
-    more than when its model had made a first image.
+    Of the run's time, `device_s` went into denoising and decoding, `decode_s` of it into the
+    latter, and `write_s` passed after the last image. The device's memory was too small for
+    `out_of_memory` of its passes and takes `batch_images` now. The process holds `grown_bytes` more
+    than when its model had made a first image.
     """
 
     kind: Literal["finished"] = "finished"
@@ -69,6 +71,10 @@ class Finished(_Line):
     filtered: dict[str, int]
     stopped: bool
     device_s: float
+    decode_s: float = 0.0
+    write_s: float = 0.0
+    out_of_memory: int = 0
+    batch_images: int = 0
     grown_bytes: int
 
 
@@ -83,6 +89,11 @@ class Raised(_Line):
     reason: str
     retryable: bool
     is_device_fault: bool = False
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether not even one image fitted the device's memory."""
+        return self.reason.startswith("OutOfMemoryError")
 
 
 Message = LoadModel | RunChunk | StopChunk | Ready | Beat | Finished | Raised

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -76,10 +76,11 @@ class ChunkJob(Job):
 
 @dataclass(frozen=True)
 class QueueView:
-    """Jobs that wait and jobs that a live worker holds."""
+    """Jobs that wait and jobs that a live worker holds; images refused so far, by check."""
 
     depth: int
     running: int
+    filtered: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class WorkQueue:
         self._prefix = f"synthrep:{settings.queue}"
         self.register_key = f"{self._prefix}:chunks"
         self._troubled_key = f"{self._prefix}:troubled"
+        self._filtered_key = f"{self._prefix}:filtered"
 
     def lease_key(self, chunk_id: str) -> str:
         """Key that exists while a worker holds the chunk."""
@@ -223,9 +225,19 @@ class WorkQueue:
         return frozenset(i for i, holder in zip(ids, holders, strict=True) if holder)
 
     def queue_view(self) -> QueueView:
-        """Jobs waiting and running."""
+        """Jobs waiting and running, and what quality gates refused since Redis was empty."""
         flight = self.in_flight()
-        return QueueView(depth=len(flight.queued - flight.leased), running=len(flight.leased))
+        filtered: dict[Any, Any] = self.redis.hgetall(self._filtered_key)
+        return QueueView(
+            depth=len(flight.queued - flight.leased),
+            running=len(flight.leased),
+            filtered={check.decode(): int(images) for check, images in filtered.items()},
+        )
+
+    def count_filtered(self, images: Mapping[str, int]) -> None:
+        """Add to what quality gates refused, by check."""
+        for check, number in images.items():
+            self.redis.hincrby(self._filtered_key, check, number)
 
     def running_prompts(self) -> dict[str, int]:
         """Prompts in the hands of live workers, by batch; some of them may be decided already."""

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
+from prometheus_client import Counter
 from redis import RedisError
 
 from synthrep_generator.chunks import Chunk, Place, chunk_from_places
@@ -22,6 +24,7 @@ from synthrep_generator.janitor import remove_leftovers
 from synthrep_generator.queues import InFlight, WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.errors import CommitLogError
+from synthrep_shared.exposition import exposed, make_registry
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.heartbeat import Heartbeat
 from synthrep_shared.logs import configure_logging
@@ -33,6 +36,19 @@ _GRACE = 1 / 6  # of a lease: time between the queue and the lease in which a ch
 _JANITOR_S = 86_400.0
 _SKIP_S = 60.0
 _MAX_BACKOFF_S = 5.0
+_PREFIX = "synthrep_generator_reconciler_"
+
+
+class SweepFigures:
+    """What a reconciler has done, as series of Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = make_registry()
+        count = partial(Counter, registry=self.registry)
+        self.sweeps = count(_PREFIX + "sweeps", "Passes over all data sets.")
+        self.failed_sweeps = count(_PREFIX + "failed_sweeps", "Passes that storage or Redis ended.")
+        self.fed_chunks = count(_PREFIX + "fed_chunks", "Chunks put into the queue.")
+        self.lost_chunks = count(_PREFIX + "lost_chunks", "Chunks whose worker was lost.")
 
 
 class Reconciler:
@@ -50,6 +66,7 @@ class Reconciler:
         self._lost_since: dict[str, float] = {}
         self._skipped_until: dict[str, float] = {}
         self._cleaned_at: float | None = None
+        self.figures = SweepFigures()
 
     def run(self, stop: threading.Event) -> None:
         """Sweep until `stop`; raises QueueServerError if Redis would lose work, and only that."""
@@ -62,10 +79,12 @@ class Reconciler:
                     self._queue.check_server()
                     checked = True
                 self.sweep()
+                self.figures.sweeps.inc()
                 self.clean()
                 self._wait(stop)
                 backoff_s = 0.1
             except (RedisError, OSError) as error:
+                self.figures.failed_sweeps.inc()
                 if checked or backoff_s < _MAX_BACKOFF_S:
                     logger.warning("sweep failed", extra={"error": str(error)})
                 checked = False
@@ -83,6 +102,7 @@ class Reconciler:
         in_flight = {place for chunk in flight.chunks.values() for place in chunk.places()}
         feeds, troubled = list(self._feeds.values()), self._queue.troubled()
         fed += self._queue.feed_all(cut_chunks(feeds, in_flight, room=room, troubled=troubled))
+        self.figures.fed_chunks.inc(fed)
         if fed:
             logger.info("chunks fed", extra={"chunks": fed, "waiting": waiting})
         return fed
@@ -126,6 +146,7 @@ class Reconciler:
         if not self._queue.forget(chunk.id) or not places:
             return False
         failpoint("lost-chunk-forgotten")
+        self.figures.lost_chunks.inc()
         logger.info("lost chunk returned", extra={"chunk": chunk.id, "prompts": len(places)})
         return self._queue.feed(chunk_from_places(chunk.dataset, places), at_front=True)
 
@@ -151,7 +172,9 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     logger.info("reconciler started", extra={"root": str(settings.root), "queue": settings.queue})
-    Reconciler(settings, WorkQueue(settings)).run(stop)
+    reconciler = Reconciler(settings, WorkQueue(settings))
+    with exposed(reconciler.figures.registry, settings.host, settings.metrics_ports()):
+        reconciler.run(stop)
     return 0
 
 

@@ -31,6 +31,8 @@ from synthrep_generator.pipe import (
     StopChunk,
 )
 from synthrep_generator.settings import GeneratorSettings
+from synthrep_generator.worker_figures import WorkerFigures
+from synthrep_shared.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,7 @@ class Supervisor:
         self._faulty_chunk, self._device_faults = "", 0
         self._pauses: deque[float] = deque(maxlen=512)
         self.device = ""
+        self.figures, self._tracer = WorkerFigures(), make_tracer("generator-worker")
 
     @property
     def is_broken(self) -> bool:
@@ -144,6 +147,22 @@ class Supervisor:
 
     def run(self, chunk: Chunk, attend: Callable[[], Wish | None]) -> Outcome:
         """Run a chunk and wait for its end; `attend` is called several times a second."""
+        started_at = self._clock()
+        with self.figures.leases_held.track_inprogress():
+            outcome = self._run(chunk, attend)
+        seconds = self._clock() - started_at
+        self.figures.ran(outcome, seconds)
+        self._trace(chunk, outcome, seconds)
+        return outcome
+
+    def _trace(self, chunk: Chunk, outcome: Outcome, seconds: float) -> None:
+        facts = chunk.names | {"end": type(outcome).__name__.lower()}
+        if isinstance(outcome, Finished):
+            facts |= outcome.model_dump(include={"committed", "failed", "images"})
+        first, *others = facts.pop("batches")
+        self._tracer.record("run chunk", about=first, seconds=seconds, links=others, **facts)
+
+    def _run(self, chunk: Chunk, attend: Callable[[], Wish | None]) -> Outcome:
         process = self._process or self._start()
         now = self._clock()
         run = _Run(chunk.id, started_at=now, heard_at=now)
@@ -173,6 +192,7 @@ class Supervisor:
         self._was_ready = self._has_answered = False
         self._started_at = self._clock()
         self._process = _Process()
+        self.figures.count("device_starts")
         return self._process
 
     def _bury(self) -> int:
@@ -182,6 +202,7 @@ class Supervisor:
         status = self._process.end()
         self._process, self._has_answered = None, False
         self._failed_starts = 0 if self._was_ready else self._failed_starts + 1
+        self.figures.count("device_losses")
         logger.warning("device process ended", extra={"status": status})
         return status
 
@@ -208,6 +229,8 @@ class Supervisor:
                 self._faulty_chunk, self._device_faults = "", 0
             return message
         elif isinstance(message, Raised) and message.chunk_id == run.chunk_id:
+            if message.is_out_of_memory:
+                self.figures.count("out_of_memory")
             if message.retryable:
                 return message
             self._bury()

@@ -106,6 +106,23 @@ class ReadyImages:
         return self.made
 
 
+@dataclass(frozen=True)
+class DeviceUse:
+    """Seconds by the clock of denoising, and of decoding that was waited for; passes too large."""
+
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    out_of_memory: int = 0
+
+    def since(self, before: DeviceUse) -> DeviceUse:
+        """The part of it that came after `before`."""
+        return DeviceUse(
+            self.denoise_s - before.denoise_s,
+            self.decode_s - before.decode_s,
+            self.out_of_memory - before.out_of_memory,
+        )
+
+
 class Synthesizer(Protocol):
     """A loaded text-to-image model on a device."""
 
@@ -130,8 +147,8 @@ class Synthesizer(Protocol):
         ...
 
     @property
-    def device_s(self) -> float:
-        """Seconds of denoising and decoding so far, by the clock."""
+    def use(self) -> DeviceUse:
+        """What the device was used for so far."""
         ...
 
     def caption_fit(self, prompt: str) -> CaptionFit:
@@ -169,7 +186,7 @@ class FakeSynthesizer:
     def __init__(self, *, store_px: int, delay_s: float = 0.0, batch_images: int = 40) -> None:
         self._store_px, self._delay_s = store_px, delay_s
         self.batch_images = batch_images
-        self.device_s = 0.0
+        self.use = DeviceUse()
         self._leaked: list[bytes] = []
 
     def caption_fit(self, prompt: str) -> CaptionFit:
@@ -183,7 +200,7 @@ class FakeSynthesizer:
         results: list[Pixels | PermanentPromptError] = []
         for task in tasks:
             self._sleep(self._delay_s, on_step)
-            self.device_s += self._delay_s
+            self.use = replace(self.use, denoise_s=self.use.denoise_s + self._delay_s)
             refused = refuse_long(self.caption_fit(task.prompt), recipe)
             results.append(refused or self._make(task))
         return results

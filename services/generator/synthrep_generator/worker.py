@@ -26,7 +26,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker
 
 from synthrep_generator.chunks import Chunk
-from synthrep_generator.dataset_files import OpenDatasets, is_held_back
+from synthrep_generator.dataset_files import OpenDatasets, is_disk_full, is_held_back
 from synthrep_generator.errors import LeaseLostError, QueueServerError
 from synthrep_generator.failure_writer import Failure, record_failures
 from synthrep_generator.leases import Lease
@@ -34,10 +34,11 @@ from synthrep_generator.pipe import Finished, Raised
 from synthrep_generator.queues import SOCKET_TIMEOUT_S, ChunkJob, WorkerView, WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Crashed, Outcome, Supervisor, Wish
+from synthrep_shared.exposition import exposed
 from synthrep_shared.failpoints import failpoint
 from synthrep_shared.heartbeat import Heartbeat
 from synthrep_shared.logs import configure_logging
-from synthrep_shared.storage import free_bytes, prepare_root
+from synthrep_shared.storage import prepare_root
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ class ChunkWorker(Worker):
 
     def _serve_next(self) -> None:
         is_ready = self._supervisor.tend()
-        must_wait = time.monotonic() < self._rest_until or self._is_disk_full()
+        is_full = is_disk_full(self._settings.root, self._settings.reserve_bytes)
+        must_wait = time.monotonic() < self._rest_until or is_full
         state = "waiting" if must_wait else "idle" if is_ready else "starting"
         if state != self._reported or self._is_time_to_report():
             self._report(state)
@@ -183,6 +185,7 @@ class ChunkWorker(Worker):
                     self.maintain_heartbeats(job, execution)
         except LeaseLostError as error:
             logger.warning("run dropped", extra={"reason": str(error)})
+            self._supervisor.figures.count("leases_lost")
             return Wish.DROP
         except RedisError as error:
             # From the end of the attempt: a Redis that hangs must not take all of the time.
@@ -207,7 +210,7 @@ class ChunkWorker(Worker):
     def _settle(
         self, chunk: Chunk, lease: Lease, strikes: int, outcome: Outcome, seconds: float
     ) -> None:
-        facts = {"chunk": chunk.id, "dataset": chunk.dataset, "seconds": round(seconds, 3)}
+        facts = {**chunk.names, "seconds": round(seconds, 3)}
         if isinstance(outcome, Crashed) and outcome.active:
             logger.error("device process lost", extra=facts | {"reason": outcome.reason})
             self._punish(chunk, lease, strikes + 1, outcome)
@@ -217,6 +220,7 @@ class ChunkWorker(Worker):
             facts |= outcome.model_dump(exclude={"kind", "chunk_id", "stopped"})
             logger.info("chunk done", extra=facts)
             lease.acknowledge()
+            self._queue.count_filtered(outcome.filtered)
         else:
             logger.info("chunk given back", extra=facts | {"outcome": repr(outcome)})
             has_trouble = isinstance(outcome, Raised | Crashed)
@@ -268,18 +272,13 @@ class ChunkWorker(Worker):
 
     def _report(self, state: str) -> None:
         """Show this worker as live in a state; call a few times per lease and at its changes."""
+        self._supervisor.figures.be(state)
         if not self.connection.exists(self.key):
             self.register_birth()
         self.heartbeat()
         view = WorkerView(self.name, self._supervisor.device, state, self._images_per_s)
         self._queue.report_worker(view, ttl_s=self._settings.lease_s)
         self._reported, self._report_at = state, time.monotonic() + self._settings.lease_s / 3
-
-    def _is_disk_full(self) -> bool:
-        try:
-            return free_bytes(self._settings.root) < self._settings.reserve_bytes
-        except FileNotFoundError:  # nothing was accepted yet
-            return False
 
 
 def main() -> int:
@@ -288,11 +287,12 @@ def main() -> int:
     configure_logging("generator-worker", settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
     prepare_root(settings.root)
-    worker = ChunkWorker(settings, WorkQueue(settings), Supervisor(settings))
+    worker = ChunkWorker(settings, WorkQueue(settings), supervisor := Supervisor(settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.ask_to_stop)
     logger.info("worker started", extra={"worker": worker.name, "queue": settings.queue})
-    return worker.serve()
+    with exposed(supervisor.figures.registry, settings.host, settings.metrics_ports()):
+        return worker.serve()
 
 
 if __name__ == "__main__":

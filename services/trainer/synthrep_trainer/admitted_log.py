@@ -7,9 +7,10 @@ all ranks, and all later attempts, then admit the same records. `shard_stream` s
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from synthrep_shared.commit_log import CommitRecord, LogReader
 from synthrep_shared.errors import CommitLogError
@@ -19,6 +20,7 @@ from synthrep_trainer.group_index import GroupIndex
 from synthrep_trainer.order import Integers, SamplingPlan
 from synthrep_trainer.shard_store import ShardStore
 
+_log = logging.getLogger(__name__)
 _POLL_SHARE = 20  # polls that find nothing may take one part in so many of the time
 _LOG_BEHIND_S = 30.0  # a shared file system may show a rank the log later than rank 0
 
@@ -34,7 +36,10 @@ class AdmittedLog:
         plan: SamplingPlan,
         *,
         verify_s: float,
+        on_shard: Callable[[CommitRecord], None] = lambda _: None,
     ) -> None:
+        """`on_shard` is told of every shard that is admitted."""
+        self._on_shard = on_shard
         self.index = GroupIndex(held_out=plan.held_out)
         self.images_committed = 0
         self._journal, self._store, self._plan = journal, store, plan
@@ -66,6 +71,9 @@ class AdmittedLog:
         Raises LogChangedError if these are not the records that were admitted at first, and
         CommitLogError if they do not appear within half a minute.
         """
+        if self._seq < admission.seq > self._journaled_seq:
+            span = {"first_seq": self._seq + 1, "last_seq": admission.seq}
+            _log.info("records_admitted", extra={"window": admission.window, **span})
         while self._seq < admission.seq:
             record = self._scouted.popleft() if self._scouted else self._next(admission)
             _identify(self._digest, [record])
@@ -75,6 +83,7 @@ class AdmittedLog:
                     self._store.learn(record.seq)
                 is_bad = self._store.is_bad(record.seq)
                 self.index.add_shard(record, window=admission.window, is_bad=is_bad)
+                self._on_shard(record)
             elif record.kind == "reject":
                 self.index.reject(record)
         if self._digest.hexdigest() != admission.log:

@@ -12,7 +12,8 @@ import contextlib
 import io
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Self
 
@@ -105,7 +106,10 @@ class BatchLoader:
         prefetch: int,
         pin: bool,
         held_out: HeldOutPlan | None = None,
+        on_batch: Callable[[DrawnBatch, float], None] = lambda *_: None,
     ) -> None:
+        """`on_batch` is told of every batch that was made, and how many seconds that took."""
+        self._on_batch = on_batch
         self._stream, self._views, self._held_out = stream, views, held_out
         self._last_step, self._pin = last_step, pin
         self._stop = threading.Event()
@@ -144,7 +148,9 @@ class BatchLoader:
                 drawn = self._stream.next_batch(self._stop.is_set)
                 if drawn is None:
                     return
+                began = time.monotonic()
                 batch, held_out = self._load(drawn), self._load_held_out(drawn.step)
+                self._on_batch(drawn, time.monotonic() - began)
                 self._put(LoadedBatch(drawn.step, batch, drawn.cursor, held_out))
                 if drawn.step == self._last_step:
                     return

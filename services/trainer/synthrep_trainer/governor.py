@@ -48,6 +48,7 @@ class Governor:
         self._file = run_folder / "paused.json"
         self._paused = _read(self._file)
         self._is_holding = bool(self._paused)
+        self.pauses = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="governor", daemon=True)
 
@@ -88,6 +89,7 @@ class Governor:
             return
         self._remember(self._paused | set(active))
         self._tell(active, "pause")
+        self.pauses += 1
         _log.info("generation_paused", extra={"dataset": self._dataset, "batches": len(active)})
 
     def _release(self) -> None:

@@ -14,10 +14,13 @@ import logging
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+from prometheus_client import Counter, Gauge
 from pydantic import ValidationError
 
+from synthrep_shared.exposition import exposed, make_registry
 from synthrep_shared.heartbeat import Heartbeat
 from synthrep_shared.logs import configure_logging
 from synthrep_trainer.jobs import Job, ProbeJob, RunJob
@@ -25,6 +28,7 @@ from synthrep_trainer.runs import ProbeFolder, RunFolder, Workplace
 from synthrep_trainer.settings import TrainerSettings
 
 _log = logging.getLogger(__name__)
+_PREFIX = "synthrep_trainer_launcher_"
 
 
 class Launcher:
@@ -36,15 +40,22 @@ class Launcher:
         self._place.make_folders()
         self._jobs: list[Job] = []
         self._unreadable: set[Path] = set()  # requests of another version
+        self.registry = make_registry()
+        count = partial(Counter, registry=self.registry)
+        self.sweeps = count(_PREFIX + "sweeps", "Looks at requests and children.")
+        self.failed_sweeps = count(_PREFIX + "failed_sweeps", "Looks that storage ended.")
+        children = Gauge(_PREFIX + "jobs", "Requests in hand.", ["kind"], registry=self.registry)
+        for kind, job_type in (("run", RunJob), ("probe", ProbeJob)):
+            children.labels(kind).set_function(partial(self._count, job_type))
 
     def sweep(self) -> None:
         """Look after the children, then claim what is queued; never waits for a child."""
         self._look_after()
-        room = self._settings.max_runs - sum(isinstance(job, RunJob) for job in self._jobs)
+        room = self._settings.max_runs - self._count(RunJob)
         for run in self._place.runs():
             if room > 0 and run.state == "queued" and self._claim(run):
                 room -= 1
-        room = self._settings.max_probes - sum(isinstance(job, ProbeJob) for job in self._jobs)
+        room = self._settings.max_probes - self._count(ProbeJob)
         for probe in self._place.probes():
             if room > 0 and probe.state == "queued" and self._claim(probe):
                 room -= 1
@@ -56,6 +67,9 @@ class Launcher:
         while self._jobs:
             self._look_after()
             time.sleep(0.02)
+
+    def _count(self, job_type: type[Job]) -> int:
+        return sum(isinstance(job, job_type) for job in list(self._jobs))
 
     def _look_after(self) -> None:
         for job in list(self._jobs):
@@ -90,14 +104,17 @@ def main() -> None:
     configure_logging("trainer", settings.log_level)
     _log.info("launcher_started", extra={"settings": settings.model_dump(mode="json")})
     launcher, heartbeat = Launcher(settings), Heartbeat(settings.heartbeat)
-    while not stop.is_set():
-        heartbeat.beat("up")
-        try:
-            launcher.sweep()
-        except OSError:
-            _log.exception("sweep_failed")  # a full disk, say; the next sweep tries again
-        stop.wait(settings.sweep_s)
-    launcher.close()
+    with exposed(launcher.registry, settings.host, settings.metrics_ports()):
+        while not stop.is_set():
+            heartbeat.beat("up")
+            try:
+                launcher.sweep()
+                launcher.sweeps.inc()
+            except OSError:
+                launcher.failed_sweeps.inc()
+                _log.exception("sweep_failed")  # a full disk, say; the next sweep tries again
+            stop.wait(settings.sweep_s)
+        launcher.close()
     _log.info("launcher_stopped")
 
 

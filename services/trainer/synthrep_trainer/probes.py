@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from synthrep_shared.exposition import exposed, make_registry
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import ProbeRequest
 from synthrep_shared.storage import publish_bytes
@@ -152,7 +153,8 @@ def main() -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
-        judge(folder, Workplace(settings.runs), settings)
+        with exposed(make_registry(), settings.host, settings.metrics_ports_of_probes):
+            judge(folder, Workplace(settings.runs), settings)
     except Exception as error:
         _log.exception("probe_failed", extra={"probe": folder.id})
         words = f"{type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Self
 
@@ -30,11 +31,12 @@ class RunRecorder:
 
     def __init__(
         self, folder: RunFolder, settings: TrainerSettings, learner: Learner, stream: ShardStream,
-        *, step: int,
+        *, step: int, watch: Callable[[StepMetrics], None] = lambda _: None,
     ) -> None:  # fmt: skip
+        """`watch` is told of every step on rank 0."""
         self._folder, self._settings = folder, settings
         self._record, self._learner, self._stream = folder.record, learner, stream
-        self._step = step
+        self._step, self._watch = step, watch
         self._metrics: MetricsWriter | None = None
         self._trackers: Trackers | None = None
         self._last_step_at = 0.0
@@ -58,6 +60,7 @@ class RunRecorder:
         if self._metrics is not None and self._trackers is not None:
             metrics = self._step_metrics(step, result, wait_s=wait_s, now=now)
             self._metrics.write(metrics)
+            self._watch(metrics)
             self._trackers.log(step, metrics.numbers())
         self._last_step_at = now
 

@@ -24,7 +24,7 @@ _PREFIX = "synthrep_trainer_"
 _MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _RUN_GAUGES = {
     "step": "Newest step.",
-    "loss": "Loss of the newest step.",
+    "loss": "Loss of the newest step; NaN where it was no number.",
     "images_seen": "Image views trained on.",
     "images_per_s": "Image views a second in the newest step.",
     "wait_s": "Seconds that the newest step waited for its batch.",
@@ -55,7 +55,8 @@ class RunCollector(Collector):
             newest = last_metrics(folder.metrics) if states[folder.id] == "running" else None
             for name, family in families.items():
                 if newest is not None:
-                    family.add_metric([folder.id], newest[name])
+                    value = newest[name]
+                    family.add_metric([folder.id], float("nan") if value is None else value)
         yield from families.values()
 
     def _newest_values(self, probes: list[ProbeFolder]) -> Metric:

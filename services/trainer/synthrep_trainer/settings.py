@@ -99,3 +99,13 @@ class TrainerSettings(ServiceSettings):
     """File that the launcher touches every second, for health checks."""
     max_body_bytes: int = Field(default=64 << 10, ge=1024)
     """Cap on a request body."""
+
+    @property
+    def metrics_ports_of_runs(self) -> range:
+        """Ports at which train processes answer Prometheus: one takes the first free one."""
+        return self.metrics_ports(1, self.max_runs * self.processes_per_run)
+
+    @property
+    def metrics_ports_of_probes(self) -> range:
+        """Ports at which probes do."""
+        return self.metrics_ports(1 + self.max_runs * self.processes_per_run, self.max_probes)

@@ -22,11 +22,12 @@ rejection takes effect with the next window. A shard that is not what the log sa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-from synthrep_shared.commit_log import LogReader
+from synthrep_shared.commit_log import CommitRecord, LogReader
 from synthrep_shared.shard_copies import COPY_BYTES, ShardPlace
 from synthrep_shared.storage import Location
 from synthrep_trainer.admissions import AdmissionJournal
@@ -110,8 +111,11 @@ class ShardStream:
         verify_s: float = 10.0,
         copy_bytes: int = COPY_BYTES,
         reader: LogReader | None = None,
+        on_shard: Callable[[CommitRecord], None] = lambda _: None,
     ) -> None:
         """Goes on after `step` batches, at `cursor`; `reader` reads the log of `place`.
+
+        `on_shard` is told of every shard that is admitted.
 
         All ranks are to be made before any of them draws. Raises ValueError if the captions cannot
         be shared evenly, RunError if the run's journal or the log does not fit the cursor.
@@ -123,10 +127,13 @@ class ShardStream:
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._poll_s = poll_s
         self._pressure = Pressure(0, is_waiting=False)
+        self.ratio_waits, self.ratio_wait_s = 0, 0.0  # batches that waited for it, on rank 0
         self._journal = AdmissionJournal(run_folder / "admissions.jsonl", is_writer=rank == 0)
         self.store = ShardStore(place, run_folder, copy_bytes=copy_bytes)
         reader = reader or LogReader(place.log)
-        self._log = AdmittedLog(reader, self._journal, self.store, plan, verify_s=verify_s)
+        self._log = AdmittedLog(
+            reader, self._journal, self.store, plan, verify_s=verify_s, on_shard=on_shard
+        )
         self._step = step
         self._cursor = cursor or Cursor()
         for window in range(self._cursor.window + 1):
@@ -224,12 +231,15 @@ class ShardStream:
         """Wait until so many images are committed as the batch takes; False if stopped before."""
         plan = self._plan
         wanted = plan.min_generated_per_trained * self._step * plan.views_per_batch
+        self.ratio_waits += self._log.images_committed < wanted
         while self._log.images_committed < wanted:
+            began = time.monotonic()
             if should_stop():
                 return False
             self._log.scout()
             self._weigh(is_waiting=True)
             self._log.wait(self._poll_s)
+            self.ratio_wait_s += time.monotonic() - began
         return True
 
     def _weigh(self, *, is_waiting: bool) -> None:

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+from synthrep_shared.exposition import exposed
 from synthrep_shared.logs import configure_logging
+from synthrep_shared.tracing import make_tracer
 from synthrep_trainer import distributed, recipe
 from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
@@ -35,8 +37,10 @@ from synthrep_trainer.recorder import RunRecorder
 from synthrep_trainer.records import Failure, RunRecord
 from synthrep_trainer.runs import RunFolder, locked
 from synthrep_trainer.settings import TrainerSettings
-from synthrep_trainer.shard_stream import Cursor, ShardStream
+from synthrep_trainer.shard_stream import Cursor, DrawnBatch, ShardStream
 from synthrep_trainer.sources import generator_of, open_dataset, open_generator
+from synthrep_trainer.training_figures import TrainingFigures
+from synthrep_trainer.training_traces import TrainingTraces
 
 _log = logging.getLogger(__name__)
 _GOVERNOR_RETRIES = 2  # it asks again at its next look
@@ -53,11 +57,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
     device = choose_device(settings.device)
     config = recipe.learner_config(record, device.type)
     learner = Learner(config, device, is_compiled=settings.compile, layout=settings.layout)
-    checkpoint = _load_newest_of_rank_0(folder)
-    step, cursor = 0, Cursor()
-    if checkpoint is not None:
-        learner.load(checkpoint.parts)
-        step, cursor = checkpoint.step, Cursor.from_json(checkpoint.state["cursor"])
+    step, cursor = _restore(learner, folder)
     place = open_dataset(
         record.request,
         folder.path,
@@ -65,6 +65,7 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
         is_writer=distributed.rank() == 0,
         should_stop=should_stop,
     )
+    traces = TrainingTraces(make_tracer("trainer"), folder.id)
     with place as (dataset, reader):
         stream = ShardStream(
             dataset,
@@ -78,15 +79,32 @@ def run(folder: RunFolder, settings: TrainerSettings, should_stop: Callable[[], 
             verify_s=settings.verify_s,
             copy_bytes=settings.copy_bytes,
             reader=reader,
+            on_shard=traces.admit,
         )
         distributed.barrier()  # see ShardStream: all are made before any of them draws
-        recorder = RunRecorder(folder, settings, learner, stream, step=step)
-        loader = _loader(record, settings, stream, learner, pin=device.type == "cuda")
+        figures = TrainingFigures(folder.id, device, rank=distributed.rank(), stream=stream)
+        recorder = RunRecorder(folder, settings, learner, stream, step=step, watch=figures.take)
+        pin = device.type == "cuda"
+        loader = _loader(record, settings, stream, learner, pin=pin, on_batch=traces.make)
         rates_at = partial(recipe.rates, record)
         plan = Plan(step + 1, record.max_steps, record.request.checkpoint_every, rates_at)
         _log.info("training_started", extra={"run": folder.id, "step": step, "device": str(device)})
-        with _governor(folder, settings, stream, should_stop), recorder, loader:
+        with (
+            exposed(figures.registry, settings.host, settings.metrics_ports_of_runs),
+            _governor(folder, settings, stream, should_stop) as figures.governor,
+            recorder,
+            loader,
+        ):
             return train(learner, loader, recorder, plan, should_stop=should_stop)
+
+
+def _restore(learner: Learner, folder: RunFolder) -> tuple[int, Cursor]:
+    """Step and cursor of the newest checkpoint, which the learner takes in; else of the start."""
+    checkpoint = _load_newest_of_rank_0(folder)
+    if checkpoint is None:
+        return 0, Cursor()
+    learner.load(checkpoint.parts)
+    return checkpoint.step, Cursor.from_json(checkpoint.state["cursor"])
 
 
 @contextlib.contextmanager
@@ -95,11 +113,11 @@ def _governor(
     settings: TrainerSettings,
     stream: ShardStream,
     should_stop: Callable[[], bool],
-) -> Iterator[None]:
+) -> Iterator[Governor | None]:
     """Rank 0 holds the generator back, if the run asks for that."""
     request = folder.record.request
     if request.pause_generation_above is None or distributed.rank() > 0:
-        yield
+        yield None
         return
     with (
         open_generator(
@@ -112,9 +130,9 @@ def _governor(
             lambda: stream.pressure,
             pause_above=request.pause_generation_above,
             interval_s=settings.source_poll_s,
-        ),
+        ) as governor,
     ):
-        yield
+        yield governor
 
 
 def _loader(
@@ -124,6 +142,7 @@ def _loader(
     learner: Learner,
     *,
     pin: bool,
+    on_batch: Callable[[DrawnBatch, float], None],
 ) -> BatchLoader:
     return BatchLoader(
         stream,
@@ -133,6 +152,7 @@ def _loader(
         prefetch=settings.prefetch_batches,
         pin=pin,
         held_out=recipe.held_out_plan(record),
+        on_batch=on_batch,
     )
 
 
