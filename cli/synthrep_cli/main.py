@@ -16,6 +16,7 @@ from synthrep_cli import (
     batch_commands,
     compare_command,
     dataset_commands,
+    doctor,
     export_command,
     models_commands,
     regenerate_command,
@@ -283,6 +284,7 @@ def probe(
 
 
 app.command()(compare_command.compare)
+app.command()(doctor.doctor)
 app.command()(export_command.export)
 app.command()(regenerate_command.regenerate)
 
@@ -291,10 +293,5 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def main() -> None:
-    """Entry for `python -m synthrep_cli.main`."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()
