@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := .venv-bench
-SOURCES := shared services cli models tests deploy k8s $(wildcard benchmarks)
+SOURCES := shared services cli models tests deploy k8s docs $(wildcard benchmarks)
 
-.PHONY: help install format lint types imports manifests test test-long bench chaos e2e-s3 e2e-hosts e2e-compose check demo reproduce reproduce-full up down clean
+.PHONY: help install format lint types imports manifests test test-long bench chaos e2e-s3 e2e-hosts e2e-compose check docs demo reproduce reproduce-full up down clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 16
@@ -30,7 +30,7 @@ lint: $(STAMP) ## Style and bug patterns
 	$(BIN)/ruff format --check $(SOURCES)
 
 types: $(STAMP) ## mypy, strict
-	$(BIN)/mypy shared/synthrep_shared services/generator/synthrep_generator services/trainer/synthrep_trainer cli/synthrep_cli models/training $(wildcard benchmarks)
+	$(BIN)/mypy shared/synthrep_shared services/generator/synthrep_generator services/trainer/synthrep_trainer cli/synthrep_cli models/training docs/builder $(wildcard benchmarks)
 
 imports: $(STAMP) ## Who may import whom
 	$(BIN)/lint-imports
@@ -70,6 +70,9 @@ bench: $(PEERS)/.installed ## Ours against named peers, at most 45 minutes
 
 check: lint types imports manifests test ## Everything that must hold before a change lands
 
+docs: $(STAMP) ## The documentation as a site in site/, links checked; needs no network
+	$(BIN)/python -m docs.builder
+
 demo: $(STAMP) ## The whole loop on this machine, in about ten minutes
 	$(BIN)/synthrep demo
 
@@ -86,4 +89,4 @@ down: ## Stop what `make up` started
 	@flock -n runs/up true 2>/dev/null && echo "nothing runs in runs/up" || kill -INT $$(cat runs/up/stack.pid)
 
 clean: ## Remove the environment and the runs
-	rm -rf $(VENV) $(PEERS) runs
+	rm -rf $(VENV) $(PEERS) runs site
