@@ -210,6 +210,8 @@ class CommitLog:
         `name` is called, unless another writer took the number meanwhile. The published file keeps
         its name for the next numbers then, see `LogMedium.numbers_per_name`.
         """
+        if self._reader.is_named_under_lock:
+            self.refresh()  # all writers would wait while what others appended is read under it
         with self.exclusive():
             named, named_for = "", 0
             while True:

@@ -84,6 +84,14 @@ def test_the_register_tells_queued_from_leased_from_lost(queue: WorkQueue) -> No
     assert flight.lost() == {chunks[0].id}
 
 
+def test_a_chunk_that_stays_in_flight_is_parsed_once(queue: WorkQueue) -> None:
+    queue.feed(chunk())
+    first, second = (queue.in_flight().chunks[chunk().id] for _ in range(2))
+    assert first is second
+    queue.forget(chunk().id)
+    assert queue.in_flight().chunks == {}
+
+
 def test_running_prompts_are_those_under_a_lease(queue: WorkQueue) -> None:
     mixed = chunk_from_places("birds", [Place("a", 0), Place("a", 1), Place("b", 7)])
     for each in (mixed, chunk(10)):

@@ -155,6 +155,29 @@ def test_a_new_reconciler_goes_on_from_the_files(scene: Scene) -> None:
     assert scene.queued() == [places("b0", 5, 3)]
 
 
+def test_a_pass_is_followed_by_a_rest_in_step_with_its_length(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+
+    class Stop:
+        passes = 0
+
+        def is_set(self) -> bool:
+            self.passes += 1
+            return self.passes > 1
+
+        def wait(self, seconds: float) -> None:
+            rests.append(seconds)
+
+    def sweep() -> None:
+        scene.clock.now += 0.01
+
+    monkeypatch.setattr(scene.reconciler, "sweep", sweep)
+    scene.reconciler.run(Stop())  # type: ignore[arg-type]
+    assert rests == [pytest.approx(0.04)]
+
+
 def test_a_lost_chunk_of_a_paused_batch_waits(scene: Scene) -> None:
     scene.stack.accept(prompts(4))
     scene.reconciler.sweep()

@@ -51,6 +51,21 @@ def test_another_process_sees_the_commit(log, path):
         shard(other, ref(0))
 
 
+def test_what_others_appended_is_read_before_the_lock_is_taken(path, monkeypatch):
+    late, others = CommitLog(path), CommitLog(path)
+    for i in range(3):
+        shard(others, ref(i))
+    read_before, exclusive = [], late.exclusive
+
+    def look():
+        read_before.append(late._reader.seq)
+        return exclusive()
+
+    monkeypatch.setattr(late, "exclusive", look)
+    assert shard(late, ref(9)).seq == 4
+    assert read_before == [3]
+
+
 def test_cancelled_batch_accepts_no_more_groups(log):
     shard(log, ref(0))
     log.append("cancel", name=lambda seq: "b")

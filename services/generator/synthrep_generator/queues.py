@@ -123,7 +123,7 @@ class WorkQueue:
         self.rq = Queue(
             settings.queue, connection=self.redis, job_class=ChunkJob, serializer=JSONSerializer
         )
-        self._prefix = f"synthrep:{settings.queue}"
+        self._prefix, self._parsed = f"synthrep:{settings.queue}", dict[bytes, Chunk]()
         self.register_key = f"{self._prefix}:chunks"
         self._troubled_key = f"{self._prefix}:troubled"
         self._filtered_key = f"{self._prefix}:filtered"
@@ -207,14 +207,14 @@ class WorkQueue:
             pipeline.hgetall(self.register_key)
             pipeline.lrange(self.rq.key, 0, -1)
             registered, waiting = pipeline.execute()
-        chunks: dict[str, Chunk] = {}
+        parsed: dict[bytes, Chunk] = {}
         for key, payload in registered.items():
             try:
-                chunk = Chunk.model_validate_json(payload)
+                parsed[payload] = self._parsed.get(payload) or Chunk.model_validate_json(payload)
             except ValidationError:
                 self.redis.hdel(self.register_key, key)
-                continue
-            chunks[chunk.id] = chunk
+        self._parsed = parsed  # most are in flight at the next look too
+        chunks = {chunk.id: chunk for chunk in parsed.values()}
         queued = {job_id.decode(errors="replace").split("-")[0] for job_id in waiting}
         return InFlight(chunks, frozenset(queued & chunks.keys()), self._leased(list(chunks)))
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _GRACE = 1 / 6  # of a lease: time between the queue and the lease in which a chunk is not lost
 _JANITOR_S = 86_400.0
+_REST = 4  # times as long as a pass took: every job that ends asks for one, on any worker
 _SKIP_S = 60.0
 _MAX_BACKOFF_S = 5.0
 _PREFIX = "synthrep_generator_reconciler_"
@@ -78,10 +79,11 @@ class Reconciler:
                 if not checked:
                     self._queue.check_server()
                     checked = True
+                started = self._clock()
                 self.sweep()
                 self.figures.sweeps.inc()
                 self.clean()
-                self._wait(stop)
+                self._wait(stop, rest_s=_REST * (self._clock() - started))
                 backoff_s = 0.1
             except (RedisError, OSError) as error:
                 self.figures.failed_sweeps.inc()
@@ -156,8 +158,10 @@ class Reconciler:
             return []
         return feed.undecided(chunk)
 
-    def _wait(self, stop: threading.Event) -> None:
+    def _wait(self, stop: threading.Event, *, rest_s: float) -> None:
+        """Until the next pass is due, or a nudge comes after `rest_s`."""
         deadline = self._clock() + self._settings.sweep_s
+        stop.wait(min(rest_s, self._settings.sweep_s))
         while not stop.is_set() and (left := deadline - self._clock()) > 0:
             if self._queue.wait_for_nudge(left):
                 return
