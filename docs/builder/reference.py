@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from synthrep_trainer.api import create_app as create_trainer
 from synthrep_trainer.settings import TrainerSettings
 
 _KEY = "documentation-reads-with-this-key"
+# What the headings say anyway: "Usage", and lists of commands whose descriptions are cut off.
+_REPEATED = re.compile(r"\*\*Usage\*\*:\n\n|\*\*Commands\*\*:\n\n(?:\* .*\n)+")
 _HEADERS = {"authorization": f"Bearer {_KEY}"}
 
 
@@ -62,7 +65,7 @@ def cli_page() -> str:
     command = typer.main.get_command(app)
     context = typer.Context(command)
     text = get_docs_for_click(obj=command, ctx=context, name="synthrep", title="The command")
-    return text.replace("**Usage**:\n\n", "")
+    return _REPEATED.sub("", text)
 
 
 def settings_page(example: str) -> str:
