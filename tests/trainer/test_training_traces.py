@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +29,16 @@ class Recorded:
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-def test_a_batch_is_linked_to_the_prompts_it_came_from(shard_maker, tmp_path, is_on):
+def test_a_batch_is_linked_to_the_prompts_it_came_from(shard_maker, tmp_path, is_on, caplog):
+    caplog.set_level(logging.INFO, "synthrep_trainer.admitted_log")
     records = [shard_maker.commit(6) for _ in range(2)]
     tracer = Recorded(is_on)
     traces = TrainingTraces(tracer, "run")
     stream = ShardStream(shard_maker.paths, tmp_path, PLAN, on_shard=traces.admit)
     drawn = stream.next_batch(lambda: False)
     traces.make(drawn, 0.25)
+    (logged,) = caplog.records
+    assert (logged.message, logged.first_seq, logged.last_seq) == ("records_admitted", 1, 2)
     if not is_on:
         assert tracer.spans == []
         return
