@@ -34,7 +34,7 @@ def latency(milliseconds: Sequence[float]) -> Latency:
 
 @dataclass
 class Client(threading.Thread):
-    """Sends what `request` gives (method, path, body) `rate` times a second until `stop`.
+    """Sends what `request` gives (method, path, body), at least once, `rate` times a second.
 
     A request is due by the clock, whatever the one before took, and its time counts from when it
     was due: a server that stalls is charged with the requests that queue up meanwhile.
@@ -62,7 +62,7 @@ class Client(threading.Thread):
             raise RuntimeError(self.error)
 
     def ask_once(self) -> None:
-        """Send one request from this thread; raises RuntimeError unless it succeeds, OSError."""
+        """Send one more from this thread, untimed; raises RuntimeError, OSError."""
         with contextlib.closing(self._connect()) as connection:
             self.answers.append(self._ask(connection))
 
@@ -71,15 +71,17 @@ class Client(threading.Thread):
         try:
             with contextlib.closing(self._connect()) as connection:
                 due_at = time.perf_counter()
-                while not self._stopped.wait(max(0.0, due_at - time.perf_counter())):
+                while True:
                     self.answers.append(self._ask(connection))
                     self.milliseconds.append(1e3 * (time.perf_counter() - due_at))
                     due_at += 1 / self.rate
+                    if self._stopped.wait(max(0.0, due_at - time.perf_counter())):
+                        return
         except (OSError, http.client.HTTPException, RuntimeError) as error:
             self.error = repr(error)
 
     def latency(self) -> Latency:
-        """Of all answers so far; one at least."""
+        """Of all answers of the thread so far, which are one at least."""
         return latency(self.milliseconds)
 
     def _connect(self) -> http.client.HTTPConnection:

@@ -31,7 +31,6 @@ DATASET = "scale"
 _PROCESSES = 4
 _LIMIT_S = 600.0
 _POLL_S = 0.25
-_LAST_S = 1.0
 _FOREVER_S = 1e9
 SMALL_BATCH = 16
 
@@ -175,9 +174,9 @@ class _Run:
         log.wait_for(lambda: log.outcomes >= promised)
         seconds = time.monotonic() - started
         seen = usage.end()
-        time.sleep(_LAST_S)  # one more answer of the signal, with nothing left to do
         for name in ("status", "signal", "listing"):
             clients[name].stop()
+        clients["signal"].ask_once()  # with nothing left to do
         signals = [answer["value"] for answer in clients["signal"].answers]
         jobs = math.ceil(self.setup.captions / self.setup.job_captions)
         return seen | {
