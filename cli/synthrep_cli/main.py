@@ -18,6 +18,7 @@ from synthrep_cli import (
     dataset_commands,
     doctor,
     export_command,
+    import_command,
     models_commands,
     regenerate_command,
 )
@@ -286,6 +287,7 @@ def probe(
 app.command()(compare_command.compare)
 app.command()(doctor.doctor)
 app.command()(export_command.export)
+app.command("import")(import_command.import_encoder)
 app.command()(regenerate_command.regenerate)
 
 

@@ -8,6 +8,7 @@ SynthRepError
 ├── BadShardError          a committed shard is not what the log says; it was put in quarantine
 ├── NoCheckpointError      there is no checkpoint whose manifest verifies
 ├── ExportError            an encoder cannot be handed on as asked
+├── PublishedFileError     a file of others holds no encoder that we know, or cannot be read safely
 └── TrainingStoppedError   going on would waste the run
     ├── NonFiniteLossError the loss or its gradient is infinite or not a number
     └── CollapseError      all images have the same embedding
@@ -48,6 +49,10 @@ class NoCheckpointError(SynthRepError):
 
 class ExportError(SynthRepError):
     """An encoder cannot be handed on as asked."""
+
+
+class PublishedFileError(SynthRepError):
+    """A file of others holds no encoder that we know, or cannot be read safely."""
 
 
 class TrainingStoppedError(SynthRepError):

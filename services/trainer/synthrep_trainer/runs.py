@@ -19,7 +19,8 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,6 +170,18 @@ class Workplace:
         if key is not None:
             run_id = self.run_claims.take(owner, key, request, run_id)
         record = RunRecord(id=run_id, request=request, owner=owner, created_at=datetime.now(UTC))
+        return RunFolder(_submit(self._runs, record))
+
+    def adopt_run(self, request: RunRequest, fill: Callable[[RunFolder], object]) -> RunFolder:
+        """Make a run that was trained elsewhere; it appears when `fill` has put its files there."""
+        record = RunRecord(id=new_id(), request=request, created_at=datetime.now(UTC))
+        folder = RunFolder(self._runs / record.id)
+        try:
+            fill(folder)
+            folder.write_status(Status(state="completed"))
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         return RunFolder(_submit(self._runs, record))
 
     def submit_probe(
