@@ -45,8 +45,14 @@ def build(output: Path, *, root: Path = ROOT) -> None:
 
 
 def _config(root: Path) -> dict[str, Any]:
-    """mkdocs.yml, with the folders of the code as absolute paths."""
+    """mkdocs.yml, with the folders of the code as absolute paths, and folders of pages listed."""
     config: dict[str, Any] = yaml.safe_load((root / "mkdocs.yml").read_text())
+    docs = root / "docs"
+    for entry in config["nav"]:
+        for title, place in entry.items():
+            if isinstance(place, str) and (docs / place).is_dir():
+                pages = sorted((docs / place).glob("*.md"))
+                entry[title] = [str(page.relative_to(docs)) for page in pages]
     for plugin in config["plugins"]:
         if isinstance(plugin, dict) and "mkdocstrings" in plugin:
             python = plugin["mkdocstrings"]["handlers"]["python"]

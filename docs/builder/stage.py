@@ -1,7 +1,8 @@
 """Pages and what they link to, gathered under one folder; links are checked and follow.
 
-A page may link to any file of the repository. Markdown becomes a page, an image is copied, and any
-other text becomes a page that shows it, all below `source/`, so that the site is whole in itself.
+A page may link to anything in the repository. Markdown becomes a page, an image is copied, any
+other text becomes a page that shows it and a folder one that lists it, all below `source/`, so that
+the site is whole in itself.
 """
 
 from __future__ import annotations
@@ -47,14 +48,18 @@ class _Stage:
         self.broken: list[str] = []
 
     def add(self, path: Path) -> Path:
-        """Stage a file of the repository unless it is; returns its place in the target."""
+        """Stage a file or folder unless that is done; returns its place in the target."""
         path = path.resolve()
         place = self._place(path)
         if path in self._added:
             return place
         self._added.add(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in _ASSETS or (path.suffix != ".md" and self._is_docs(path)):
+        if path.is_dir():
+            names = sorted(p.name for p in path.iterdir() if p.name != "__pycache__")
+            listing = "".join(f"- `{name}`\n" for name in names)
+            place.write_text(f"# {path.relative_to(self._root)}\n\n{listing}")
+        elif path.suffix in _ASSETS or (path.suffix != ".md" and self._is_docs(path)):
             shutil.copyfile(path, place)
         elif path.suffix == ".md":
             place.write_text(self._rewritten(path.read_text(), path, place))
@@ -68,7 +73,7 @@ class _Stage:
         return path.is_relative_to(self._root / _DOCS)
 
     def _place(self, path: Path) -> Path:
-        if self._is_docs(path):
+        if self._is_docs(path) and not path.is_dir():
             return self._target / path.relative_to(self._root / _DOCS)
         place = self._target / _SOURCE / path.relative_to(self._root)
         if place.suffix in (*_ASSETS, ".md"):
@@ -95,7 +100,7 @@ class _Stage:
         if _EXTERNAL.match(url):
             return link[0]
         wanted = Path(os.path.normpath(path.parent / url))
-        if wanted.is_file() and wanted.is_relative_to(self._root):
+        if wanted.exists() and wanted.is_relative_to(self._root):
             found = self.add(wanted)
         elif self._is_docs(wanted) and self._place(wanted).is_file():
             found = self._place(wanted)  # generated

@@ -30,7 +30,15 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
     for page in pages:
-        assert not _LOADED.search(_CANONICAL.sub("", page.read_text())), page
+        text = page.read_text()
+        assert not _LOADED.search(_CANONICAL.sub("", text)), page
+        assert 'class="mermaid"' not in text, "the theme fetches what draws it"
+
+
+def test_every_decision_is_in_the_navigation(site: Path) -> None:
+    index = (site / "index.html").read_text()
+    for page in (ROOT / "docs" / "decisions").glob("*.md"):
+        assert f"decisions/{page.stem}.html" in index
 
 
 def test_reference_is_made_of_the_code(site: Path) -> None:
@@ -65,10 +73,8 @@ def test_what_a_page_links_to_becomes_a_page(tmp_path: Path) -> None:
     (root / "README.md").write_text("[back](docs/index.md) ![picture](a.png)")
     (root / "a.png").write_bytes(b"png")
     (root / "code.py").write_text("x = 1\n")
-    text = (
-        "[front](../README.md#top) [code](../code.py) [out](https://x.org)\n```\n[no](x.md)\n```\n"
-    )
-    (root / "docs" / "index.md").write_text(text)
+    text = "[front](../README.md#top) [code](../code.py) [out](https://x.org) [all](../docs)"
+    (root / "docs" / "index.md").write_text(f"{text}\n```\n[no](x.md)\n```\n")
     stage_pages(root, staged)
     index = (staged / "index.md").read_text()
     assert "[front](source/readme-page.md#top) [code](source/code.py.md)" in index
@@ -76,4 +82,5 @@ def test_what_a_page_links_to_becomes_a_page(tmp_path: Path) -> None:
     assert "[no](x.md)" in index
     assert "[back](../index.md)" in (staged / "source" / "readme-page.md").read_text()
     assert (staged / "source" / "a.png").read_bytes() == b"png"
+    assert "- `index.md`" in (staged / "source" / "docs.md").read_text()
     assert "x = 1" in (staged / "source" / "code.py.md").read_text()
