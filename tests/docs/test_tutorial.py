@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +50,11 @@ def test_what_is_left_out_is_in_the_tutorial() -> None:
     assert lines >= set(DONE_BY_THE_TEST)
 
 
-@pytest.mark.skipif(not Path("/usr/bin/curl").exists(), reason="needs curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_every_command_of_the_tutorial_runs(live_stack: LiveStack) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | live_stack.environment | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | live_stack.environment | {"PATH": path, "PYTHONPATH": modules}
     done = subprocess.run(
         ["bash", "-x", "-c", script(live_stack)],
         cwd=live_stack.folder,
