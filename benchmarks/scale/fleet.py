@@ -75,6 +75,7 @@ class Point:
     reconciler_cores: float
     workers_cores: float
     submit: Latency
+    submit_after_upload: Latency
     status: Latency
     signal: Latency
     listing: Latency
@@ -164,6 +165,7 @@ class _Run:
         started = time.monotonic()
         self.batch = self._upload()
         accepted_s = time.monotonic() - started
+        beside_upload = len(clients["submit"].milliseconds) + 1  # one may be under way
         for name in ("status", "signal", "listing"):
             clients[name].start()
         log = _Log(self.fleet)
@@ -177,10 +179,12 @@ class _Run:
         for name in ("status", "signal", "listing"):
             clients[name].stop()
         clients["signal"].ask_once()  # with nothing left to do
+        submits = clients["submit"].milliseconds
         signals = [answer["value"] for answer in clients["signal"].answers]
         jobs = math.ceil(self.setup.captions / self.setup.job_captions)
         return seen | {
             **{name: client.latency() for name, client in clients.items()},
+            "submit_after_upload": latency(submits[min(beside_upload, len(submits) - 1) :]),
             "accepted_s": short(accepted_s),
             "seconds": short(seconds),
             "commits": log.records,

@@ -21,6 +21,8 @@ from synthrep_shared.log_media import open_medium
 from synthrep_shared.storage import Location
 
 VERSION = 1
+_READ_BYTES = 256 << 10  # at a time; of many megabytes of records the garbage collector makes work
+_STORE_READ_BYTES = 16 << 20
 _LOOK_S = 0.002  # between two looks at the size of a file, a few microseconds each
 Kind = Literal["shard", "failure", "reject", "cancel"]
 
@@ -184,13 +186,14 @@ class CommitLog:
     def __init__(self, path: Location) -> None:
         self._reader = LogReader(path)
         self._medium = open_medium(path)
+        self._read_bytes = _STORE_READ_BYTES if self._reader.is_seekable else _READ_BYTES
         self._thread_lock = threading.RLock()
         self.outcomes = Outcomes()
 
     def refresh(self) -> int:
         """Read what others appended; returns the last sequence number."""
         with self._thread_lock:
-            while records := self._reader.poll():
+            while records := self._reader.poll(self._read_bytes):
                 for record in records:
                     self.outcomes.apply(record)
             return self._reader.seq

@@ -66,6 +66,15 @@ def test_what_others_appended_is_read_before_the_lock_is_taken(path, monkeypatch
     assert read_before == [3]
 
 
+def test_a_long_log_is_read_a_little_at_a_time(log, path, monkeypatch):
+    for i in range(8):
+        shard(log, *(ref(600 * i + j) for j in range(600)))
+    found, poll = [], LogReader.poll
+    monkeypatch.setattr(LogReader, "poll", lambda *given: found.append(poll(*given)) or found[-1])
+    assert CommitLog(path).refresh() == 8
+    assert max(map(len, found)) < 8
+
+
 def test_cancelled_batch_accepts_no_more_groups(log):
     shard(log, ref(0))
     log.append("cancel", name=lambda seq: "b")
