@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +19,11 @@ from synthrep_cli import (
     export_command,
     import_command,
     models_commands,
+    probe_sets_commands,
     regenerate_command,
 )
 from synthrep_cli import prompts as prompt_files
-from synthrep_cli.fields import parse_fields
+from synthrep_cli.fields import parse_fields, run_fields
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_cli.probe_table import ProbeRow, probe_table
 from synthrep_shared.client import SynthRep
@@ -35,7 +35,6 @@ from synthrep_shared.messages import (
     QualityGate,
     RunRequest,
 )
-from synthrep_shared.presets import PresetError, load_preset, read_preset
 
 app = typer.Typer(
     help="Train vision encoders on images that are being generated.",
@@ -45,6 +44,7 @@ app = typer.Typer(
 app.add_typer(batch_commands.app, name="batch")
 app.add_typer(dataset_commands.app, name="dataset")
 app.add_typer(models_commands.app, name="models")
+app.add_typer(probe_sets_commands.app, name="probe-sets")
 
 _WATCH_S = 1.0
 
@@ -227,7 +227,7 @@ def train(
     """Start a training run."""
     with errors_in_one_sentence(), SynthRep() as client:
         given = {"dataset": dataset, "source_url": source_url, "max_steps": max_steps}
-        fields = _run_fields(preset, config) | {k: v for k, v in given.items() if v is not None}
+        fields = run_fields(preset, config) | {k: v for k, v in given.items() if v is not None}
         run = client.train(RunRequest.model_validate(fields))
         if as_json:
             print_json(run)
@@ -235,36 +235,10 @@ def train(
             typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
 
 
-def _run_fields(preset: str | None, config: Path | None) -> dict[str, Any]:
-    """Fields of a run by a preset, or as a file has them instead."""
-    try:
-        published = load_preset(preset).request if preset else {}
-        own = _read_fields(config)
-    except PresetError as error:
-        raise typer.BadParameter(str(error)) from error
-    if "max_images" in own:
-        published.pop("max_steps", None)
-    return published | own
-
-
-def _read_fields(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    if config.suffix == ".toml":
-        return read_preset(config).request
-    try:
-        fields = json.loads(config.read_text())
-    except ValueError as error:
-        raise typer.BadParameter(f"{config} is not JSON: {error}", param_hint="--config") from error
-    if not isinstance(fields, dict):
-        raise typer.BadParameter(f"{config} holds no JSON object", param_hint="--config")
-    return fields
-
-
 @app.command()
 def probe(
     what: Annotated[str, typer.Argument(help="Run id, or a checkpoint's path.")],
-    dataset: Annotated[str, typer.Option(help="Labelled set, see GET /v1/probe-datasets.")],
+    dataset: Annotated[str, typer.Option(help="Labelled set, see `synthrep probe-sets ls`.")],
     protocol: Annotated[str, typer.Option(help="linear or knn.")] = "linear",
     as_json: Json = False,
 ) -> None:

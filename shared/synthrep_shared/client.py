@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx
+from httpx_sse import EventSource
 from pydantic import BaseModel
 
 from synthrep_shared.client_async import AsyncSynthRep
 from synthrep_shared.client_calls import GENERATOR_URL, TRAINER_URL, Calls
+from synthrep_shared.client_events import Event, Listening
+from synthrep_shared.client_uploads import zipped
+from synthrep_shared.client_webdataset import Samples, open_pipeline
 from synthrep_shared.errors import ServiceError
 from synthrep_shared.messages import (
     BatchAccepted,
@@ -29,13 +35,14 @@ from synthrep_shared.messages import (
     FailureView,
     GroupView,
     ProbeRequest,
+    ProbeSetView,
     ProbeView,
     RunRequest,
     RunView,
     ShardView,
 )
 
-__all__ = ["GENERATOR_URL", "TRAINER_URL", "AsyncSynthRep", "SynthRep"]
+__all__ = ["GENERATOR_URL", "TRAINER_URL", "AsyncSynthRep", "Event", "SynthRep"]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -52,6 +59,7 @@ class SynthRep(Calls):
     ):
         """`sleep` waits between attempts, and may raise to give up."""
         super().__init__(*args, **kwargs)
+        self._again = partial(type(self), *args, transport=transport, sleep=sleep, **kwargs)
         self._sleep = sleep
         self._http = httpx.Client(
             headers=self._headers, timeout=self._timeout_s, transport=transport
@@ -71,11 +79,13 @@ class SynthRep(Calls):
         """One call with retries; returns the decoded JSON, raises ServiceError."""
         return self._call(method, url, **kwargs).json()
 
-    def _call(self, method: str, url: str, **kwargs: Any) -> httpx.Response:
+    def _call(
+        self, method: str, url: str, *, body: Path | None = None, **kwargs: Any
+    ) -> httpx.Response:
         attempt = 0
         while True:
             try:
-                response = self._http.request(method, url, **kwargs)
+                response = self._send(method, url, body, **kwargs)
                 pause_s = self._pause_s(attempt, response)
                 if pause_s is None:
                     return self._checked(response)
@@ -85,6 +95,15 @@ class SynthRep(Calls):
                     raise self._unreachable(url, error) from error
             self._sleep(pause_s)
             attempt += 1
+
+    def _send(self, method: str, url: str, body: Path | None, **kwargs: Any) -> httpx.Response:
+        if body is None:
+            return self._http.request(method, url, **kwargs)
+        with body.open("rb") as stream:
+            return self._http.request(method, url, content=stream, **kwargs)
+
+    def _one(self, model: type[M], method: str, url: str, **kwargs: Any) -> M:
+        return model.model_validate(self.request(method, url, **kwargs))
 
     def _items(self, url: str, model: type[M], **params: Any) -> Iterator[M]:
         return map(model.model_validate, self._pages(url, **params))
@@ -98,6 +117,41 @@ class SynthRep(Calls):
                 return
             params["cursor"] = page["next_cursor"]
 
+    def _follow(self, url: str, last_event_id: str | None) -> Iterator[Event]:
+        listening = Listening(last_event_id, self._timeout_s)
+        while True:
+            try:
+                with self._http.stream("GET", url, **listening.options()) as response:
+                    pause_s = self._pause_s(listening.attempt, response)
+                    if pause_s is None:
+                        if response.is_error:
+                            response.read()
+                        self._checked(response)
+                        for told in EventSource(response).iter_sse():
+                            if (event := listening.read(told)) is not None:
+                                yield event
+                                if event.is_last:
+                                    return
+                        raise httpx.RemoteProtocolError("the stream of events ended")
+            except httpx.TransportError as error:
+                pause_s = self._pause_s(listening.attempt, None)
+                if pause_s is None:
+                    raise self._unreachable(url, error) from error
+            self._sleep(pause_s)
+            listening.attempt += 1
+
+    def to_webdataset(self, dataset: str, *, after: int = 0) -> Any:
+        """The data set's samples with the methods of a `webdataset.WebDataset`, without a disk.
+
+            pets = synthrep.to_webdataset("pets")
+            for image, facts in pets.decode("pil").to_tuple("jpg", "json"):
+
+        In the order of the log, without rejected groups; each pass begins with the shards that are
+        there by then, after a position of the log. May go to a DataLoader. While iterating it
+        raises what every call does. SynthRepError where webdataset is not installed.
+        """
+        return open_pipeline(Samples(self._again, dataset, after))
+
     def submit(
         self,
         dataset: str,
@@ -107,14 +161,13 @@ class SynthRep(Calls):
         **settings: Any,
     ) -> BatchAccepted:
         """Hand in 1-1,000 prompts; `settings` are the fields of `GenerationSettings`."""
-        call = self._submission(dataset, prompts, settings, idempotency_key)
-        return BatchAccepted.model_validate(self.request("POST", **call))
+        return self._one(
+            BatchAccepted, "POST", **self._submission(dataset, prompts, settings, idempotency_key)
+        )
 
     def batch(self, batch_id: str) -> BatchView:
         """State and progress of a batch."""
-        return BatchView.model_validate(
-            self.request("GET", f"{self.generator_url}/v1/batches/{batch_id}")
-        )
+        return self._one(BatchView, "GET", f"{self.generator_url}/v1/batches/{batch_id}")
 
     def batches(self, dataset: str | None = None) -> Iterator[BatchView]:
         """All batches, or those of one data set."""
@@ -126,9 +179,7 @@ class SynthRep(Calls):
 
     def control(self, batch_id: str, verb: str) -> BatchView:
         """`cancel`, `pause` or `resume` a batch."""
-        return BatchView.model_validate(
-            self.request("POST", f"{self.generator_url}/v1/batches/{batch_id}/{verb}")
-        )
+        return self._one(BatchView, "POST", f"{self.generator_url}/v1/batches/{batch_id}/{verb}")
 
     def datasets(self) -> Iterator[DatasetView]:
         """All data sets."""
@@ -136,19 +187,17 @@ class SynthRep(Calls):
 
     def dataset(self, name: str) -> DatasetView:
         """Counts of a data set."""
-        return DatasetView.model_validate(
-            self.request("GET", f"{self.generator_url}/v1/datasets/{name}")
-        )
+        return self._one(DatasetView, "GET", f"{self.generator_url}/v1/datasets/{name}")
 
     def shards(self, dataset: str, after: int = 0) -> Iterator[ShardView]:
         """Sealed shards after a log position, in order."""
-        url = f"{self.generator_url}/v1/datasets/{dataset}/shards"
-        return self._items(url, ShardView, after=after)
+        return self._items(
+            f"{self.generator_url}/v1/datasets/{dataset}/shards", ShardView, after=after
+        )
 
     def records(self, dataset: str, after: int = 0) -> Iterator[dict[str, Any]]:
         """The commit log after a position, as `commit_log.CommitRecord` has it."""
-        url = f"{self.generator_url}/v1/datasets/{dataset}/records"
-        return self._pages(url, after=after)
+        return self._pages(f"{self.generator_url}/v1/datasets/{dataset}/records", after=after)
 
     def shard_bytes(
         self, dataset: str, name: str, *, start: int = 0, num_bytes: int | None = None
@@ -156,7 +205,7 @@ class SynthRep(Calls):
         """A sealed shard, whole, or so many bytes from `start` on, fewer at its end."""
         url = f"{self.generator_url}/v1/datasets/{dataset}/shards/{name}"
         if num_bytes is None:
-            return bytes(self._call("GET", url).content)
+            return bytes((self._call("GET", url)).content)
         try:
             headers = {"range": f"bytes={start}-{start + num_bytes - 1}"}
             response = self._call("GET", url, headers=headers)
@@ -169,23 +218,28 @@ class SynthRep(Calls):
 
     def group(self, gid: str) -> GroupView:
         """Where the images of a prompt come from."""
-        return GroupView.model_validate(
-            self.request("GET", f"{self.generator_url}/v1/groups/{gid}")
-        )
+        return self._one(GroupView, "GET", f"{self.generator_url}/v1/groups/{gid}")
 
     def image_bytes(self, gid: str, image_index: int) -> bytes:
         """One image of a group, as it is stored."""
         url = f"{self.generator_url}/v1/groups/{gid}/images/{image_index}"
-        return bytes(self._call("GET", url).content)
+        return bytes((self._call("GET", url)).content)
+
+    def reject(self, gid: str) -> GroupView:
+        """Withdraw a group: trainers pass over it from then on."""
+        return self._one(GroupView, "POST", f"{self.generator_url}/v1/groups/{gid}/reject")
+
+    def events(self, *, last_event_id: str | None = None) -> Iterator[Event]:
+        """Changes of batches, shards and workers as they happen, for ever, over breaks too."""
+        return self._follow(f"{self.generator_url}/v1/events", last_event_id)
 
     def train(self, run: RunRequest, *, idempotency_key: str | None = None) -> RunView:
         """Start a training run."""
-        call = self._run_submission(run, idempotency_key)
-        return RunView.model_validate(self.request("POST", **call))
+        return self._one(RunView, "POST", **self._run_submission(run, idempotency_key))
 
     def run(self, run_id: str) -> RunView:
         """State and progress of a run."""
-        return RunView.model_validate(self.request("GET", f"{self.trainer_url}/v1/runs/{run_id}"))
+        return self._one(RunView, "GET", f"{self.trainer_url}/v1/runs/{run_id}")
 
     def runs(self) -> Iterator[RunView]:
         """All runs."""
@@ -193,37 +247,46 @@ class SynthRep(Calls):
 
     def control_run(self, run_id: str, verb: str) -> RunView:
         """`stop` or `resume` a run."""
-        return RunView.model_validate(
-            self.request("POST", f"{self.trainer_url}/v1/runs/{run_id}/{verb}")
-        )
+        return self._one(RunView, "POST", f"{self.trainer_url}/v1/runs/{run_id}/{verb}")
 
     def metrics(self, run_id: str, after: int = -1) -> Iterator[dict[str, Any]]:
         """The run's numbers by step, after a step."""
-        url = f"{self.trainer_url}/v1/runs/{run_id}/metrics"
-        return self._pages(url, after=after)
+        return self._pages(f"{self.trainer_url}/v1/runs/{run_id}/metrics", after=after)
+
+    def run_events(self, run_id: str, *, last_event_id: str | None = None) -> Iterator[Event]:
+        """A run's numbers and changes of state as they happen, until it works no more."""
+        return self._follow(f"{self.trainer_url}/v1/runs/{run_id}/events", last_event_id)
 
     def checkpoints(self, run_id: str) -> Iterator[CheckpointView]:
         """Complete checkpoints of a run."""
         return self._items(f"{self.trainer_url}/v1/runs/{run_id}/checkpoints", CheckpointView)
 
     def probe_datasets(self) -> list[dict[str, Any]]:
-        """The labelled sets that probes may name."""
-        answer = self.request("GET", f"{self.trainer_url}/v1/probe-datasets")
-        items: list[dict[str, Any]] = answer["items"]
-        return items
+        """The labelled sets that probes may name, with the fields of a `ProbeSetView`."""
+        return list(self._pages(f"{self.trainer_url}/v1/probe-datasets"))
+
+    def add_probe_dataset(self, name: str, source: Path) -> ProbeSetView:
+        """Add a labelled set: a zip or a folder of `class/image`, or of splits that hold them.
+
+        Raises ServiceError 409 if the name is taken, also by an attempt whose answer was lost;
+        OSError and SynthRepError for a source that cannot be sent.
+        """
+        with zipped(source) as body:
+            call = self._probe_dataset_upload(name)
+            return ProbeSetView.model_validate(self._call("POST", body=body, **call).json())
+
+    def link_probe_dataset(self, name: str, folder: str) -> ProbeSetView:
+        """Add a labelled set of a folder that the trainer sees, under one of its allowed roots."""
+        return self._one(ProbeSetView, "POST", **self._probe_dataset_link(name, folder))
 
     def comparison(self, name: str) -> ComparisonView:
         """The table of a comparison, as far as it has come."""
-        url = f"{self.trainer_url}/v1/comparisons/{name}"
-        return ComparisonView.model_validate(self.request("GET", url))
+        return self._one(ComparisonView, "GET", f"{self.trainer_url}/v1/comparisons/{name}")
 
     def start_probe(self, probe: ProbeRequest, *, idempotency_key: str | None = None) -> ProbeView:
         """Start a probe of a run's newest checkpoint, or of a checkpoint."""
-        call = self._probe_submission(probe, idempotency_key)
-        return ProbeView.model_validate(self.request("POST", **call))
+        return self._one(ProbeView, "POST", **self._probe_submission(probe, idempotency_key))
 
     def probe(self, probe_id: str) -> ProbeView:
         """State and result of a probe."""
-        return ProbeView.model_validate(
-            self.request("GET", f"{self.trainer_url}/v1/probes/{probe_id}")
-        )
+        return self._one(ProbeView, "GET", f"{self.trainer_url}/v1/probes/{probe_id}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
 
 from synthrep_shared.errors import ServiceError, ServiceUnavailableError
-from synthrep_shared.messages import ProbeRequest, RunRequest
+from synthrep_shared.messages import ProbeRequest, ProbeSetRequest, RunRequest
 
 GENERATOR_URL = "http://127.0.0.1:8000"
 TRAINER_URL = "http://127.0.0.1:8001"
 _RETRY_STATUS = (429, 503)
 _LONGEST_PAUSE_S = 30.0
+_LONGEST_WAIT_S = 120.0  # a service that asks for more, as a quota does, is told to the caller
+_UPLOAD_SILENCE_S = 600.0  # while a service looks at what it got
 
 
 class Calls:
@@ -65,6 +69,18 @@ class Calls:
             "headers": {"idempotency-key": key or secrets.token_hex(16)},
         }
 
+    def _probe_dataset_upload(self, name: str) -> dict[str, Any]:
+        return {
+            "url": f"{self.trainer_url}/v1/probe-datasets",
+            "params": {"name": name},
+            "headers": {"content-type": "application/zip"},
+            "timeout": httpx.Timeout(self._timeout_s, read=_UPLOAD_SILENCE_S),
+        }
+
+    def _probe_dataset_link(self, name: str, folder: str) -> dict[str, Any]:
+        body = ProbeSetRequest(name=name, folder=folder).model_dump(mode="json")
+        return {"url": f"{self.trainer_url}/v1/probe-datasets", "json": body}
+
     def _pause_s(self, attempt: int, response: httpx.Response | None) -> float | None:
         """Seconds before the next attempt; None when this one is final."""
         if attempt >= self._retries:
@@ -73,9 +89,10 @@ class Calls:
             return min(0.2 * 2.0**attempt, _LONGEST_PAUSE_S)
         if response.status_code not in _RETRY_STATUS:
             return None
-        asked = response.headers.get("retry-after", "")
-        pause_s = float(asked) if asked.isdigit() else 0.2 * 2.0**attempt
-        return min(pause_s, _LONGEST_PAUSE_S)
+        asked_s = _asked_s(response.headers.get("retry-after", ""))
+        if asked_s is None:
+            return min(0.2 * 2.0**attempt, _LONGEST_PAUSE_S)
+        return asked_s if asked_s <= _LONGEST_WAIT_S else None
 
     @staticmethod
     def _checked(response: httpx.Response) -> httpx.Response:
@@ -96,3 +113,13 @@ class Calls:
         return ServiceUnavailableError(
             503, "no answer", f"{url}: {error or type(error).__name__}; is the service running?"
         )
+
+
+def _asked_s(retry_after: str) -> float | None:
+    """Seconds that a header `Retry-After` asks for, which is a number or a date; None without."""
+    if retry_after.isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -260,7 +260,8 @@ def test_json_is_for_programs_and_a_table_for_people(services, arguments):
 
 
 def test_every_command_that_prints_a_result_takes_json():
-    silent = {("demo",), ("up",), ("watch",), ("batch",), ("dataset",), ("models",)}
+    groups = {("batch",), ("dataset",), ("models",), ("probe-sets",)}
+    silent = groups | {("demo",), ("up",), ("watch",)}
     for path in COMMANDS:
         options = {option for parameter in find(path).params for option in parameter.opts}
         assert ("--json" in options) == (path not in silent), path

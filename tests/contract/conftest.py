@@ -1,23 +1,30 @@
-"""The writing side of the contract: the generator's real job, with a model without weights."""
+"""Both sides of the contract: the generator's real job without weights, and both APIs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import synthrep_generator.api
+import synthrep_trainer.api
 from synthrep_generator.chunks import Place, chunk_from_places
 from synthrep_generator.dataset_files import DatasetFiles
 from synthrep_generator.intake import BatchHeader, IntakeReader, write_batch
 from synthrep_generator.jobs import Bench, JobResult, generate_shard, make_request
-from synthrep_generator.settings import ModelConfig
+from synthrep_generator.queues import QueueView, WorkerView
+from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_generator.synthesis import FakeSynthesizer
 from synthrep_shared.messages import GenerationSettings
 from synthrep_shared.storage import DatasetPaths
+from synthrep_trainer.runs import Workplace
+from synthrep_trainer.settings import TrainerSettings
 
 STORE_PX = 16
+KEY = "a key of both services"
 
 
 class _IdleWatch:
@@ -79,3 +86,44 @@ class ShardFactory:
 def factory(tmp_path: Path) -> ShardFactory:
     """Writes the data set `birds` under `tmp_path / "data"`."""
     return ShardFactory(tmp_path / "data")
+
+
+class OneWorker:
+    """A queue without jobs and a worker that waits for one."""
+
+    def queue_view(self) -> QueueView:
+        return QueueView(depth=0, running=0)
+
+    def running_prompts(self) -> dict[str, int]:
+        return {}
+
+    def workers(self) -> list[WorkerView]:
+        return [WorkerView("w0", "cpu", "idle", 2.5)]
+
+    def nudge(self) -> None:
+        """Nobody sleeps."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path / "runs")
+
+
+@pytest.fixture
+def apps(root: Path, place: Workplace) -> dict[str, Any]:
+    """Both services, by host name."""
+    generator = GeneratorSettings.model_validate(
+        {"root": root, "reserve_bytes": 0, "api_keys": [KEY]}
+    )
+    trainer = TrainerSettings.model_validate(
+        {"root": root, "runs": place.root, "api_keys": [KEY], "probe_folder_roots": [root.parent]}
+    )
+    return {
+        "generator": synthrep_generator.api.create_app(generator, OneWorker()),
+        "trainer": synthrep_trainer.api.create_app(trainer),
+    }

@@ -16,11 +16,7 @@ import pytest
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
-import synthrep_generator.api
 import synthrep_shared.client_calls
-import synthrep_trainer.api
-from synthrep_generator.queues import QueueView, WorkerView
-from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared import messages
 from synthrep_shared.client import AsyncSynthRep, SynthRep
 from synthrep_shared.commit_log import CommitRecord, read_log
@@ -30,27 +26,10 @@ from synthrep_trainer.checkpoint_folders import Manifest, publish_checkpoint
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
 from synthrep_trainer.records import Status
 from synthrep_trainer.runs import Workplace
-from synthrep_trainer.settings import TrainerSettings
 
 GENERATOR, TRAINER = "http://generator", "http://trainer"
-KEY = "a key of both services"
+KEY = "a key of both services"  # as conftest has it
 PROMPTS = ["a robin", "a wren [fake:refuse]", "a crow", "a gull [fake:refuse]"]
-
-
-class OneWorker:
-    """A queue without jobs and a worker that waits for one."""
-
-    def queue_view(self) -> QueueView:
-        return QueueView(depth=0, running=0)
-
-    def running_prompts(self) -> dict[str, int]:
-        return {}
-
-    def workers(self) -> list[WorkerView]:
-        return [WorkerView("w0", "cpu", "idle", 2.5)]
-
-    def nudge(self) -> None:
-        """Nobody sleeps."""
 
 
 class InProcess(httpx.BaseTransport):
@@ -74,29 +53,6 @@ class AsyncInProcess(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         return await self._transports[request.url.host].handle_async_request(request)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    return Workplace(tmp_path / "runs")
-
-
-@pytest.fixture
-def apps(root: Path, place: Workplace) -> dict[str, Any]:
-    """Both services, by host name."""
-    generator = GeneratorSettings.model_validate(
-        {"root": root, "reserve_bytes": 0, "api_keys": [KEY]}
-    )
-    trainer = TrainerSettings.model_validate({"root": root, "runs": place.root, "api_keys": [KEY]})
-    return {
-        "generator": synthrep_generator.api.create_app(generator, OneWorker()),
-        "trainer": synthrep_trainer.api.create_app(trainer),
-    }
 
 
 @pytest.fixture
@@ -190,6 +146,18 @@ def test_runs_metrics_and_checkpoints(synthrep, place, page):
     assert [c.step for c in synthrep.checkpoints(run.id)] == [1, 3]
     assert synthrep.control_run(run.id, "stop").state == "paused"
     assert synthrep.control_run(run.id, "resume").state == "queued"
+
+
+def test_a_run_tells_its_numbers_and_its_end(synthrep, place):
+    run = synthrep.train(RunRequest(dataset="birds", max_steps=3)).id
+    train_some(place, run, 3)
+    synthrep.control_run(run, "stop")
+    *numbers, end = synthrep.run_events(run)
+    assert [(e.name, e.data["step"], e.id) for e in numbers] == [
+        ("metrics", step, str(step)) for step in (1, 2, 3)
+    ]
+    assert (end.data.id, end.data.state) == (run, "paused")
+    assert [e.name for e in synthrep.run_events(run, last_event_id="2")] == ["metrics", "run"]
 
 
 def test_probes_and_labelled_sets(synthrep, place):
@@ -327,7 +295,7 @@ def test_the_asynchronous_client_speaks_to_both_services(apps, factory, place, p
 
 def test_every_call_of_the_clients_is_made_here():
     """A method without a test here would be a promise that no service was held to."""
-    text = Path(__file__).read_text()
+    text = "".join(f.read_text() for f in Path(__file__).parent.glob("test_rest*.py"))
     for kind, name in ((SynthRep, "synthrep"), (AsyncSynthRep, "client")):
         methods = {
             method
