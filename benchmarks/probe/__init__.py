@@ -1,0 +1,1 @@
+"""The linear probe: its solver against scikit-learn's, and what a probe costs a run."""
