@@ -129,3 +129,13 @@ def test_continuous_integration_runs_what_people_run():
         for command in filter(None, (step.get("run") for step in job["steps"])):
             verb = re.search(r"(?:^|\s)make ([a-z0-9-]+)$", command)
             assert command == "bash .ci/run" or (verb and verb[1] in targets), command
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [("bug", "issue-forms"), ("idea", "issue-forms"), ("config", "issue-config")],
+)
+def test_the_issue_templates_are_what_the_forge_knows(name, schema):
+    path = REPOSITORY / f".github/ISSUE_TEMPLATE/{name}.yml"
+    result = tool("check-jsonschema", "--builtin-schema", f"vendor.github-{schema}", str(path))
+    assert result.returncode == 0, result.stdout + result.stderr
