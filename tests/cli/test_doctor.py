@@ -205,7 +205,9 @@ FAULTS = [
 
 
 @pytest.mark.redis
-@pytest.mark.parametrize(("plant", "check", "found", "step"), FAULTS, ids=lambda f: str(f)[:40])
+@pytest.mark.parametrize(
+    ("plant", "check", "found", "step"), FAULTS, ids=[plant.__name__ for plant, *_ in FAULTS]
+)
 def test_a_planted_fault_is_the_one_that_is_named(
     healthy: Machine, plant: Callable[[Machine], None], check: str, found: str, step: str
 ):

@@ -102,6 +102,24 @@ def test_events_go_on_where_they_broke_off(call):
     assert call.pauses == [0.2, 0.4, 7.0]
 
 
+def test_an_event_gives_new_patience_and_keeps_its_place(call):
+    told = [("metrics", {"step": 1}, "1"), ("run", RUN, ""), ("run", RUN | {"state": "failed"}, "")]
+    step, running, failed = map(stream, told)
+    answers = [None, None, None, step, None, running, None, failed]
+    places = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        places.append(request.headers.get("last-event-id"))
+        answer = answers.pop(0)
+        if answer is None:
+            raise httpx.ReadTimeout("nothing came")
+        return answer
+
+    assert len(call(handler, "run_events", "r1")) == 3
+    assert places == [None] * 4 + ["1"] * 4
+    assert call.pauses == [0.2, 0.4, 0.8, 0.2, 0.4, 0.2, 0.4]
+
+
 def test_a_generator_that_tells_nothing_any_more_is_given_up(call):
     asked = []
 
