@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Dose, Measured, case, cpu_s, interleave
+from benchmarks.harness import Dose, Measured, case, cpu_s, in_process, interleave
+from benchmarks.train.runs import waiting_share
 from synthrep_trainer.encoder import EncoderConfig, make_encoder
 
 _BATCH = 64
@@ -37,6 +38,14 @@ def tiny_step(dose: Dose) -> Measured:
         )
     finally:
         torch.set_num_threads(threads)
+
+
+@case("time waiting for data, the demo's setting", unit="part of a run", peer="",
+      higher_is_better=False, max_value=0.05)  # fmt: skip
+def waiting(dose: Dose) -> Measured:
+    """Of a run whose images are all there: outside of waits for the generator."""
+    steps = dose.size(20, 6)
+    return Measured(in_process(waiting_share, steps=steps), None, 1, f"{steps} steps")
 
 
 def _rate(work: Callable[[], object], flops: int) -> float:
