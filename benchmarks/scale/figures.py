@@ -49,13 +49,15 @@ def _draw_workers(rows: Rows) -> None:
     paced = _fleets(rows, _PACED)
     for name, fleets, style in (("no device time", free, "o-"), (_PACED, paced, "s")):
         workers = [row["setup"]["workers"] for row in fleets]
-        left.loglog(workers, [row["commits_per_s"] for row in fleets], style, label=name)
+        left.semilogx(workers, [row["commits_per_s"] for row in fleets], style, label=name)
         for kind, colour in (("submit", "C0"), ("status", "C1")):
             values = [row[kind]["p99_ms"] for row in fleets]
-            right.loglog(workers, values, style, color=colour, label=f"{kind}, {name}")
+            right.semilogx(workers, values, style, color=colour, label=f"{kind}, {name}")
     _finish(left, "workers", "commits a second")
     _finish(right, "workers", "p99 of an answer, ms")
     right.axhline(250, color="grey", linestyle="--")
+    left.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
     _save(figure, "scale-workers")
 
 
@@ -73,6 +75,7 @@ def _panels() -> tuple[Any, Any]:
 def _finish(axes: Any, across: str, up: str) -> None:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
+    axes.minorticks_off()
     axes.legend(fontsize=8)
 
 
