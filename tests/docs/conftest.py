@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def live_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
         "OMP_NUM_THREADS": "1",
     }
     config = StackConfig(folder=folder / "runs" / "up", environment=environment)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # paths of models are relative to it
-        with Stack(config) as stack:
-            stack.wait_ready()
-            yield LiveStack(folder, stack.generator_url, stack.trainer_url)
+    with ExitStack() as services:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(
+                folder
+            )  # paths of models are relative to it; other tests stay where they are
+            stack = services.enter_context(Stack(config))
+        stack.wait_ready()
+        yield LiveStack(folder, stack.generator_url, stack.trainer_url)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogRea
 from synthrep_shared.errors import AlreadyDecidedError, CommitLogError
 from synthrep_shared.object_store import ObjectPath, list_objects
 from synthrep_shared.storage import DatasetPaths, publish_bytes
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.s3
 
@@ -187,7 +190,7 @@ write_many(ObjectPath.from_url(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
 
 def test_processes_that_write_at_once_lose_nothing(place: ObjectPath) -> None:
     processes = [
-        subprocess.Popen([sys.executable, "-c", _WRITER, str(place), str(worker), "12"])
+        subprocess.Popen([sys.executable, "-c", _WRITER, str(place), str(worker), "12"], cwd=ROOT)
         for worker in range(2)
     ]
     assert [process.wait(60) for process in processes] == [0, 0]

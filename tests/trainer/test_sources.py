@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import threading
 import time
 from datetime import UTC, datetime
@@ -107,8 +108,9 @@ def settings(generator, tmp_path):
 
 
 @pytest.fixture
-def follow(generator, settings, tmp_path):
-    """Opens the stream of a run that follows the generator."""
+def follow(generator, settings, tmp_path, monkeypatch):
+    """Opens the stream of a run that follows the generator, with a spool of its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
 
     def follow(run="run", **changes):
         (tmp_path / run).mkdir(exist_ok=True)
