@@ -59,9 +59,7 @@ def live_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
     config = StackConfig(folder=folder / "runs" / "up", environment=environment)
     with ExitStack() as services:
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(
-                folder
-            )  # paths of models are relative to it; other tests stay where they are
+            patch.chdir(folder)  # paths of models are relative to it
             stack = services.enter_context(Stack(config))
         stack.wait_ready()
         yield LiveStack(folder, stack.generator_url, stack.trainer_url)
