@@ -81,7 +81,7 @@ class Guard:
     """Wraps an app: bearer keys, a cap on the body, security headers, no unhandled body.
 
     `keys` are the accepted bearer keys (none: open); whose request it is, `principal_of` tells the
-    app. Paths in `large_paths` have their own cap.
+    app. Paths in `large_paths` have their own cap; `open_paths` need no key, as health checks do.
     """
 
     def __init__(
@@ -90,9 +90,11 @@ class Guard:
         *,
         keys: Iterable[ApiKey],
         max_body_bytes: int,
-        large_paths: dict[str, int] | None = None,
+        large_paths: Mapping[str, int] | None = None,
+        open_paths: Iterable[str] = (),
     ) -> None:
         self._app = app
+        self._open_paths = _OPEN_PATHS | set(open_paths)
         self._keys = KeyRing(keys)
         self._max_body_bytes = max_body_bytes
         self._large_paths = large_paths or {}
@@ -114,7 +116,7 @@ class Guard:
             await send(message)
 
         principal = self._keys.find(headers.get(b"authorization", b""))
-        if principal is None and scope["path"] not in _OPEN_PATHS:
+        if principal is None and scope["path"] not in self._open_paths:
             problem = ProblemResponse(401, "send the header 'Authorization: Bearer <key>'")
             await problem(scope, receive, send_with_headers)
             return

@@ -6,12 +6,15 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import signal
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -28,6 +31,10 @@ from synthrep_trainer import (
     routes_service,
 )
 from synthrep_trainer.context import Context, authorise
+from synthrep_trainer.page import actions
+from synthrep_trainer.page import routes as page
+from synthrep_trainer.page.door import Door
+from synthrep_trainer.page.generator import Generator
 from synthrep_trainer.problems import install_problem_handlers
 from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
@@ -41,11 +48,16 @@ _ROUTERS = (
     routes_probe_sets.router,
     routes_comparisons.router,
     routes_service.router,
+    page.router,
+    actions.router,
 )
 
 
-def create_app(settings: TrainerSettings) -> App:
-    """The service as an ASGI app; makes the folder of runs."""
+def create_app(settings: TrainerSettings, *, generator: httpx.BaseTransport | None = None) -> App:
+    """The service as an ASGI app; makes the folder of runs.
+
+    `generator` carries what the page asks the generator; None: the network.
+    """
     place = Workplace(settings.runs)
     place.make_folders()
     context = Context(settings, place)
@@ -57,8 +69,11 @@ def create_app(settings: TrainerSettings) -> App:
         redoc_url=None,
         redirect_slashes=False,
         dependencies=[Depends(authorise)],
+        lifespan=_lifespan,
     )
     app.state.context = context
+    app.state.generator = Generator(settings, generator)
+    app.state.viewers = page.make_viewer_limiter()
     app.state.registry = routes_service.make_registry(context)
     app.state.listeners = routes_runs.make_listener_limiter()
     app.state.probe_uploads = routes_probe_sets.make_upload_limiter()
@@ -67,12 +82,20 @@ def create_app(settings: TrainerSettings) -> App:
     install_problem_handlers(app)
     describe = functools.cache(functools.partial(_describe, app, has_keys=bool(settings.api_keys)))
     app.openapi = describe  # type: ignore[method-assign]
-    return Guard(
+    guard = Guard(
         app,
         keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
-        large_paths={"/v1/probe-datasets": settings.probe_upload_bytes},
+        large_paths={"/v1/probe-datasets": settings.probe_upload_bytes} | actions.LARGE_PATHS,
+        open_paths=page.OPEN_PATHS,
     )
+    return Door(guard)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.generator.close()
 
 
 def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""What the page's routes share: who looks at what, and answers that are HTML, refusals too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+
+from synthrep_shared.errors import ServiceError, SynthRepError
+from synthrep_shared.samples import DATASET_PATTERN
+from synthrep_trainer.context import CallerDep, ContextDep
+from synthrep_trainer.page.door import keys_of
+from synthrep_trainer.page.forms import problems
+from synthrep_trainer.page.generator import Place
+from synthrep_trainer.page.rendering import render
+from synthrep_trainer.page.sections import Choice, Viewer
+
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+}
+_PLACE = r"^[0-9]{1,15}\.[0-9]{1,9}$"
+
+
+def html(body: str, status: int = 200) -> HTMLResponse:
+    """HTML that may load nothing from elsewhere."""
+    return HTMLResponse(body, status, headers=_HEADERS)
+
+
+def done(sentence: str) -> HTMLResponse:
+    """What a form is answered when it worked."""
+    return html(render("notice.html", sentences=[sentence], is_problem=False))
+
+
+def _problem(status: int, sentences: list[str]) -> HTMLResponse:
+    return html(render("notice.html", sentences=sentences, is_problem=True), status)
+
+
+class _HtmlRoute(APIRoute):
+    """A route whose refusals are a sentence in HTML, with the status that the API gives."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, guarded."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except HTTPException as error:
+                return _problem(error.status_code, [str(error.detail)])
+            except ServiceError as error:
+                return _problem(error.status, [str(error)])
+            except (RequestValidationError, ValidationError) as error:
+                return _problem(422, problems(error.errors()))
+            except (SynthRepError, UnicodeDecodeError) as error:
+                return _problem(422, [str(error)])
+
+        return guarded
+
+
+async def _sent_by_the_page(request: Request) -> None:
+    """Refuses what another site made a browser send: only a script of this origin sets a header."""
+    if request.method == "POST" and request.headers.get("hx-request") != "true":
+        raise HTTPException(403, "only the page itself sends this")
+
+
+async def _viewer(request: Request, context: ContextDep, caller: CallerDep) -> Viewer:
+    return Viewer(context, request.app.state.generator, caller, keys_of(request))
+
+
+async def _choice(
+    run: Annotated[str | None, Query(max_length=128)] = None,
+    dataset: Annotated[str | None, Query(pattern=DATASET_PATTERN)] = None,
+    before: Annotated[str | None, Query(pattern=_PLACE)] = None,
+    older_runs: Annotated[str | None, Query(max_length=128)] = None,
+) -> Choice:
+    place = Place(*map(int, before.split("."))) if before else None
+    return Choice(run, dataset, place, older_runs)
+
+
+async def _form(request: Request) -> bytes:
+    return await request.body()
+
+
+ViewerDep = Annotated[Viewer, Depends(_viewer)]
+ChoiceDep = Annotated[Choice, Depends(_choice)]
+FormDep = Annotated[bytes, Depends(_form)]
+
+
+def make_router() -> APIRouter:
+    """For routes that are no part of the API and answer with HTML."""
+    return APIRouter(
+        route_class=_HtmlRoute,
+        include_in_schema=False,
+        default_response_class=HTMLResponse,
+        dependencies=[Depends(_sent_by_the_page)],
+    )

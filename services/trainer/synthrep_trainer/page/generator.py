@@ -1,0 +1,162 @@
+"""What the page asks the generator, through the client that everyone uses.
+
+Every call carries the viewer's own key, never one of the trainer's, so that nobody sees more here
+than at the generator itself. Lists are read a page at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+
+from synthrep_shared.client import SynthRep
+from synthrep_shared.errors import ServiceError, ServiceUnavailableError
+from synthrep_shared.messages import BatchView, DatasetView, GroupView, QueueView, WorkerView
+from synthrep_trainer.errors import RunError
+from synthrep_trainer.settings import TrainerSettings
+from synthrep_trainer.sources import check_source
+
+T = TypeVar("T")
+_TIMEOUT_S = 5.0
+_FRESH_S = 0.9
+_MAX_REMEMBERED = 64
+_MAX_DATASETS, _MAX_BATCHES, _MAX_WORKERS = 100, 5, 100
+_RECORDS_AT_ONCE = 20
+_MAX_LOOKS = 5
+
+
+class Place(NamedTuple):
+    """A group's place in a data set: of its record in the log, and in that record."""
+
+    seq: int
+    end: int
+    """What is before it stands below this index; 0: nothing of the record."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the generator stands."""
+
+    datasets: tuple[DatasetView, ...]
+    batches: tuple[BatchView, ...]
+    """The newest."""
+    queue: QueueView | None
+    """None while its Redis is gone."""
+    workers: tuple[WorkerView, ...]
+
+
+@dataclass(frozen=True)
+class GroupPage:
+    """Some groups, the newest first; `older` is where the next page begins, None at the end."""
+
+    groups: tuple[GroupView, ...]
+    older: Place | None
+
+
+class Generator:
+    """The generator behind one trainer; safe for several threads."""
+
+    def __init__(
+        self, settings: TrainerSettings, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._settings = settings
+        self._transport = transport or httpx.HTTPTransport()
+        self._lock = threading.Lock()
+        self._remembered: OrderedDict[tuple[Any, ...], tuple[float, Any]] = OrderedDict()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    @property
+    def url(self) -> str:
+        """Its address; raises RunError where the settings name none, or none that they allow."""
+        url = self._settings.generator_url
+        if url is None:
+            raise RunError("no generator: name it in the setting SYNTHREP_TRAINER_GENERATOR_URL")
+        check_source(url, self._settings)
+        return str(url)
+
+    def client(self, key: str) -> SynthRep:
+        """A client for one viewer, which tries once; it borrows the connections, do not close."""
+        return SynthRep(
+            self.url, api_key=key, retries=0, timeout_s=_TIMEOUT_S, transport=self._transport
+        )
+
+    def generation(self, key: str) -> Generation:
+        """How it stands, at most a second old; raises ServiceError, RunError."""
+        return self._fresh(("generation", key), _FRESH_S, lambda: self._generation(key))
+
+    def newest_groups(self, key: str, dataset: DatasetView, limit: int) -> GroupPage:
+        """As `groups`; looked up again once the log has grown."""
+        name = ("groups", key, dataset.name, dataset.last_seq, limit)
+        return self._fresh(name, float("inf"), lambda: self.groups(key, dataset, None, limit))
+
+    def groups(self, key: str, dataset: DatasetView, before: Place | None, limit: int) -> GroupPage:
+        """Up to `limit` groups older than a place; raises ServiceError, RunError."""
+        client = self.client(key)
+        start = before or Place(dataset.last_seq + 1, 0)
+        found: list[GroupView] = []
+        for _ in range(_MAX_LOOKS):
+            top = start.seq if start.end else start.seq - 1
+            if top < 1:
+                return GroupPage(tuple(found), None)
+            after = max(0, top - _RECORDS_AT_ONCE)
+            answer = client.request(
+                "GET",
+                f"{self.url}/v1/datasets/{dataset.name}/records",
+                params={"after": after, "limit": top - after},
+            )
+            for record in reversed(answer["items"]):
+                seq, groups = record["seq"], record["groups"]
+                if record["kind"] != "shard":
+                    continue
+                end = start.end if seq == start.seq else len(groups)
+                for index in range(end - 1, -1, -1):
+                    if len(found) == limit:
+                        return GroupPage(tuple(found), Place(seq, index + 1))
+                    with suppress(ServiceError):  # one whose shard is gone hides no other
+                        found.append(client.group(groups[index]["gid"]))
+            start = Place(after + 1, 0)
+        return GroupPage(tuple(found), start if start.seq > 1 else None)
+
+    def _generation(self, key: str) -> Generation:
+        client = self.client(key)
+
+        def items(path: str, limit: int) -> list[Any]:
+            answer = client.request("GET", f"{self.url}/v1/{path}", params={"limit": limit})
+            return list(answer["items"])
+
+        queue, workers = None, []
+        with suppress(ServiceUnavailableError):
+            queue = QueueView.model_validate(client.request("GET", f"{self.url}/v1/queue"))
+            workers = items("workers", _MAX_WORKERS)
+        return Generation(
+            datasets=tuple(map(DatasetView.model_validate, items("datasets", _MAX_DATASETS))),
+            batches=tuple(map(BatchView.model_validate, items("batches", _MAX_BATCHES))),
+            queue=queue,
+            workers=tuple(map(WorkerView.model_validate, workers)),
+        )
+
+    def _fresh(self, name: tuple[Any, ...], age_s: float, look: Callable[[], T]) -> T:
+        """What `look` gave lately under this name, of which the key is part."""
+        now = time.monotonic()
+        with self._lock:
+            known = self._remembered.get(name)
+        if known is not None and now - known[0] < age_s:
+            found: T = known[1]
+            return found
+        found = look()
+        with self._lock:
+            self._remembered[name] = (now, found)
+            self._remembered.move_to_end(name)
+            while len(self._remembered) > _MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return found

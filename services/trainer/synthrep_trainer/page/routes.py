@@ -1,0 +1,147 @@
+"""The page's routes: the sheet, its parts, and the stream that keeps them fresh.
+
+None of them is part of the API. Answers are HTML, errors too. What changes anything takes a header
+that no other site can send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from importlib import resources
+from urllib.parse import parse_qs
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import Depends, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from synthrep_shared.asgi import NEEDS_NO_KEY, needs
+from synthrep_shared.errors import SynthRepError
+from synthrep_shared.keys import Principal
+from synthrep_trainer.context import ContextDep
+from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, html, make_router
+from synthrep_trainer.page.door import PREFIX, Keys, keys_of, remember
+from synthrep_trainer.page.rendering import render
+from synthrep_trainer.page.sections import PARTS, Choice, Viewer
+from synthrep_trainer.probe_data import known_datasets
+from synthrep_trainer.problems import too_many
+
+STATIC: Mapping[str, str] = {
+    "page.css": "text/css",
+    "icon.svg": "image/svg+xml",
+    "htmx.min.js": "text/javascript",
+    "htmx-ext-sse.min.js": "text/javascript",
+    "idiomorph-ext.min.js": "text/javascript",
+}
+"""What the browser loads beside the page, by name with its type."""
+OPEN_PATHS = ("/", f"{PREFIX}/session", *(f"{PREFIX}/static/{name}" for name in STATIC))
+"""What is there without a key: the sheet, which asks for one, and its looks."""
+_PAUSE_S = 1.0
+_MAX_VIEWERS = 64
+router = make_router()
+
+
+@router.get("/", openapi_extra=NEEDS_NO_KEY)
+async def sheet(request: Request, context: ContextDep, choice: ChoiceDep) -> HTMLResponse:
+    """The page, with everything that it shows now; without a key, a form that asks for one."""
+    caller = request.scope["state"]["principal"]
+    if caller is None or not caller.has("read"):
+        return html(render("sign_in.html", problem=_why_not(request, caller)))
+    viewer = Viewer(context, request.app.state.generator, caller, keys_of(request))
+    return await run_sync(_sheet, viewer, choice)
+
+
+def _why_not(request: Request, caller: Principal | None) -> str:
+    """What is wrong with the key that came, if one did."""
+    if caller is not None:
+        return "This key may not look: it lacks the scope read."
+    return "This key is not one of the service’s." if keys_of(request).trainer else ""
+
+
+def _sheet(viewer: Viewer, choice: Choice) -> HTMLResponse:
+    runs, _ = viewer.runs()
+    generation, _ = viewer.generation()
+    return html(
+        render(
+            "sheet.html",
+            parts={name: make(viewer, choice) for name, make in PARTS.items()},
+            choice=choice,
+            datasets=[dataset.name for dataset in generation.datasets] if generation else [],
+            probe_sets=sorted(known_datasets(viewer.context.settings)),
+            runs=runs,
+            has_keys=bool(viewer.keys.trainer),
+            caller=viewer.caller,
+        )
+    )
+
+
+@router.get(PREFIX + "/static/{name}", openapi_extra=NEEDS_NO_KEY)
+def static(name: str) -> Response:
+    """The style, the icon and the scripts that travel with the package."""
+    if name not in STATIC:
+        raise HTTPException(404, "there is no such file")
+    data = (resources.files(__package__) / "static" / name).read_bytes()
+    return Response(data, media_type=STATIC[name], headers={"cache-control": "no-cache"})
+
+
+@router.post(PREFIX + "/session", openapi_extra=NEEDS_NO_KEY)
+async def sign_in(request: Request) -> Response:
+    """Keeps the keys of the form in the browser; an empty form forgets them."""
+    fields = parse_qs((await request.body()).decode(), max_num_fields=4)
+    keys = Keys(*(fields.get(name, [""])[-1].strip() for name in ("key", "generator_key")))
+    response = Response(headers={"hx-redirect": "/"})
+    remember(response, request, keys)
+    return response
+
+
+@router.get(PREFIX + "/parts/{name}", openapi_extra=needs("read"))
+def part(viewer: ViewerDep, choice: ChoiceDep, name: str) -> HTMLResponse:
+    """One part of the page as it is now."""
+    if name not in PARTS:
+        raise HTTPException(404, "there is no such part")
+    return html(PARTS[name](viewer, choice))
+
+
+async def _seat(request: Request) -> AsyncIterator[None]:
+    """Holds one of the places for open pages; raises 429 where all are taken."""
+    seats: anyio.CapacityLimiter = request.app.state.viewers
+    try:
+        seats.acquire_on_behalf_of_nowait(request)
+    except anyio.WouldBlock:
+        raise too_many("too many pages are open") from None
+    try:
+        yield
+    finally:
+        seats.release_on_behalf_of(request)
+
+
+def make_viewer_limiter() -> anyio.CapacityLimiter:
+    """How many pages may be open at once."""
+    return anyio.CapacityLimiter(_MAX_VIEWERS)
+
+
+@router.get(
+    PREFIX + "/events",
+    response_class=EventSourceResponse,
+    openapi_extra=needs("read"),
+    dependencies=[Depends(_seat)],
+)
+async def events(viewer: ViewerDep, choice: ChoiceDep) -> AsyncIterator[ServerSentEvent]:
+    """Each part whenever it looks different, under its name."""
+    shown: dict[str, str] = {}
+    while True:
+        for name, make in PARTS.items():
+            html = await run_sync(_made, make, viewer, choice)
+            if html is not None and html != shown.get(name):
+                shown[name] = html
+                yield ServerSentEvent(event=name, raw_data=html)
+        await anyio.sleep(_PAUSE_S)
+
+
+def _made(make: Callable[[Viewer, Choice], str], viewer: Viewer, choice: Choice) -> str | None:
+    """The part, or None where a file or a run has just gone: the next look tells more."""
+    try:
+        return make(viewer, choice)
+    except (HTTPException, OSError, SynthRepError):
+        return None

@@ -1,0 +1,170 @@
+"""What each part of the page shows to one viewer: a function a part, from files and REST to HTML.
+
+The trainer's side is read from its files within what the viewer owns, the generator's side comes
+over REST. A generator that does not answer takes its own parts away and no other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from synthrep_shared.errors import ServiceError
+from synthrep_shared.keys import Principal
+from synthrep_shared.messages import DatasetView, RunView
+from synthrep_trainer.context import Context, newest_first, readable
+from synthrep_trainer.errors import RunError
+from synthrep_trainer.page.door import Keys
+from synthrep_trainer.page.figures import curve, probe_figure, thinned_metrics
+from synthrep_trainer.page.generator import Generation, Generator, GroupPage, Place
+from synthrep_trainer.page.rendering import render
+from synthrep_trainer.views import probe_view, run_view
+
+_RUNS_SHOWN = 6
+_PROBES_SHOWN = 8
+_GROUPS_SHOWN = 12
+_CURVES = (
+    ("loss", "Loss"),
+    ("effective_rank", "Effective rank"),
+    ("lr", "Learning rate"),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the address of the page picks; None is the newest, or the first."""
+
+    run: str | None = None
+    dataset: str | None = None
+    before: Place | None = None
+    """Groups older than this one; None follows the newest as they come."""
+    older_runs: str | None = None
+    """Cursor of the list of runs."""
+
+    def query(self, **changes: Any) -> str:
+        """The address with some of it changed; without `before`, unless that is given."""
+        picks = {"run": self.run, "dataset": self.dataset, "older_runs": self.older_runs} | changes
+        return urlencode({name: value for name, value in picks.items() if value})
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Who looks, and what there is to look at."""
+
+    context: Context
+    generator: Generator
+    caller: Principal
+    keys: Keys
+
+    def generation(self) -> tuple[Generation | None, str]:
+        """How the generator stands, or None and why not, in a sentence."""
+        try:
+            return self.generator.generation(self.keys.generator), ""
+        except (ServiceError, RunError) as error:
+            return None, str(error)
+
+    def runs(self, cursor: str | None = None) -> tuple[list[RunView], str | None]:
+        """A page of the viewer's runs, the newest first."""
+        folders = self.context.owned(self.caller, self.context.place.runs())
+        shown, older = newest_first(folders, cursor, _RUNS_SHOWN)
+        return readable(run_view, shown), older
+
+    def picked_run(self, choice: Choice) -> RunView | None:
+        """The run that is chosen, or the newest."""
+        if choice.run is not None:
+            return run_view(self.context.run(self.caller, choice.run))
+        runs, _ = self.runs()
+        return runs[0] if runs else None
+
+
+def picked_dataset(generation: Generation | None, choice: Choice, run: RunView | None) -> (
+    DatasetView | None
+):  # fmt: skip
+    """The data set that is chosen, or the run's, or that of the newest batch, or the first."""
+    known = {dataset.name: dataset for dataset in generation.datasets} if generation else {}
+    wanted = [choice.dataset]
+    if choice.dataset is None and generation is not None:
+        wanted += [run.request.get("dataset") if run else None]
+        wanted += [batch.dataset for batch in generation.batches] + list(known)
+    return next((known[name] for name in wanted if name in known), None)
+
+
+def overview(viewer: Viewer, choice: Choice) -> str:
+    """Figures of everything in one row each: generation, store, training, and their ratio."""
+    generation, problem = viewer.generation()
+    run = viewer.picked_run(choice)
+    return render(
+        "overview.html",
+        generation=generation,
+        problem=problem,
+        dataset=picked_dataset(generation, choice, run),
+        run=run,
+        free_bytes=_free_bytes(viewer.context),
+    )
+
+
+def runs(viewer: Viewer, choice: Choice) -> str:
+    """A page of runs, and the curves of the one that is chosen."""
+    shown, older = viewer.runs(choice.older_runs)
+    run = viewer.picked_run(choice)
+    curves = []
+    if run is not None:
+        lines = thinned_metrics(viewer.context.run(viewer.caller, run.id).metrics)
+        curves = [found for name, title in _CURVES if (found := curve(title, lines, name))]
+    return render(
+        "runs.html", runs=shown, older=older, run=run, curves=curves, choice=choice,
+        may_submit=viewer.caller.has("submit"),
+    )  # fmt: skip
+
+
+def images(viewer: Viewer, choice: Choice) -> str:
+    """A page of groups of the chosen data set, the newest first."""
+    generation, problem = viewer.generation()
+    dataset = picked_dataset(generation, choice, viewer.picked_run(choice))
+    page = GroupPage((), None)
+    if dataset is not None:
+        key = viewer.keys.generator
+        try:
+            if choice.before is None:
+                page = viewer.generator.newest_groups(key, dataset, _GROUPS_SHOWN)
+            else:
+                page = viewer.generator.groups(key, dataset, choice.before, _GROUPS_SHOWN)
+        except ServiceError as error:
+            problem = str(error)
+    return render(
+        "images.html",
+        datasets=generation.datasets if generation else (),
+        dataset=dataset,
+        page=page,
+        problem=problem,
+        choice=choice,
+    )
+
+
+def probes(viewer: Viewer, choice: Choice) -> str:
+    """The newest probes, with bars for those that are completed."""
+    context, caller = viewer.context, viewer.caller
+    shown, _ = newest_first(context.owned(caller, context.place.probes()), None, _PROBES_SHOWN)
+    figures = [probe_figure(view) for view in readable(probe_view, shown)]
+    return render("probes.html", figures=figures, choice=choice)
+
+
+PARTS: Mapping[str, Callable[[Viewer, Choice], str]] = {
+    "overview": overview,
+    "runs": runs,
+    "images": images,
+    "probes": probes,
+}
+"""By name, in the order in which they stand; each is kept fresh while the page is open."""
+
+
+def _free_bytes(context: Context) -> int | None:
+    """Room on the disk of the data sets, None where they are in an object store."""
+    root = context.settings.root
+    if not isinstance(root, Path) or not root.is_dir():
+        return None
+    return shutil.disk_usage(root).free

@@ -1,0 +1,294 @@
+"""The page in front of a real generator's API."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from synthrep_generator.api import create_app as create_generator
+from synthrep_generator.settings import GeneratorSettings
+from synthrep_trainer.api import create_app
+from synthrep_trainer.metrics import MetricsWriter, StepMetrics
+from synthrep_trainer.page.routes import STATIC
+from synthrep_trainer.runs import Workplace
+from synthrep_trainer.settings import TrainerSettings
+
+from .conftest import ShardMaker
+
+URL = "http://generator:8000"
+BY_PAGE = {"hx-request": "true"}
+KEY = "a key: with +signs"
+
+
+def transport_to(service: TestClient) -> httpx.MockTransport:
+    """Carries requests of the page's client to an app in this process."""
+
+    def ask(request: httpx.Request) -> httpx.Response:
+        answer = service.request(
+            request.method,
+            str(request.url),
+            headers=dict(request.headers),
+            content=request.content,
+        )
+        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+    return httpx.MockTransport(ask)
+
+
+class Page:
+    """A trainer's page and the generator that it asks."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.root = folder / "data"
+        self.root.mkdir()
+        keys = settings.get("api_keys", [])
+        generator = {"root": self.root, "api_keys": keys, "redis_url": "redis://127.0.0.1:1/0"}
+        self.generator = TestClient(
+            create_generator(GeneratorSettings.model_validate(generator)), base_url=URL
+        )
+        self.place = Workplace(folder / "runs")
+        trainer = {
+            "root": self.root, "runs": self.place.root,
+            "allowed_sources": [URL], "generator_url": URL,
+        }  # fmt: skip
+        app = create_app(
+            TrainerSettings.model_validate(trainer | settings),
+            generator=transport_to(self.generator),
+        )
+        self.browser = TestClient(app)
+
+    def get(self, path: str) -> str:
+        answer = self.browser.get(path)
+        assert answer.status_code == 200, answer.text
+        return html.unescape(answer.text)
+
+    def post(self, path: str, **fields: Any) -> Any:
+        return self.browser.post(f"/page/{path}", data=fields, headers=BY_PAGE)
+
+
+@pytest.fixture
+def make_page(tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    made: list[Page] = []
+
+    def make(**settings: Any) -> Page:
+        made.append(Page(tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for page in made:
+        page.browser.close()
+        page.generator.close()
+
+
+@pytest.fixture
+def page(make_page: Callable[..., Page]) -> Page:
+    return make_page()
+
+
+def write_steps(page: Page, run: str, count: int) -> None:
+    folder = page.place.run(run)
+    assert folder is not None
+    writer = MetricsWriter(folder.metrics, step=0)
+    for step in range(1, count + 1):
+        writer.write(
+            StepMetrics(
+                step=step, time="2026-01-01T00:00:00Z", loss=5 / step, lr=1e-3, gradient_norm=1,
+                effective_rank=step if step % 10 == 0 else None, images_seen=step,
+                images_per_s=2, wait_s=0, images_committed=7, generated_per_trained=7 / step,
+                shards_quarantined=0,
+            )
+        )  # fmt: skip
+    writer.close()
+
+
+def test_an_empty_service_shows_where_to_begin(page):
+    text = page.get("/")
+    assert "No run yet" in text
+    assert "No data set yet" in text
+    assert "No probe yet" in text
+    assert "Redis does not answer" in text
+
+
+def test_everything_that_the_page_loads_is_its_own(page):
+    text = page.get("/")
+    loaded = re.findall(r"""(?:src|href)="([^"#]+)""", text)
+    assert {path for path in loaded if path != "/"} == {f"/page/static/{name}" for name in STATIC}
+    for name, media_type in STATIC.items():
+        answer = page.browser.get(f"/page/static/{name}")
+        assert answer.headers["content-type"].startswith(media_type)
+    policy = page.browser.get("/").headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert not re.search(r"\sstyle=|<script>|<style", text)
+
+
+def test_groups_come_newest_first_a_page_at_a_time(page):
+    maker = ShardMaker(page.root)
+    for _ in range(5):
+        maker.commit(3)
+    maker.reject()
+    seen, path = [], "/page/parts/images"
+    while path:
+        text = page.get(path)
+        seen.append(re.findall(r"bird number (\d+)", text))
+        older = re.search(r'href="/\?([^"]*)#images">Older', text)
+        path = older and f"/page/parts/images?{older[1]}"
+    assert [len(numbers) for numbers in seen] == [12, 3]
+    assert [int(number) for numbers in seen for number in numbers] == list(range(14, -1, -1))
+
+
+def test_a_long_log_is_read_a_page_at_a_time(page, monkeypatch):
+    monkeypatch.setattr("synthrep_trainer.page.generator._RECORDS_AT_ONCE", 2)
+    maker = ShardMaker(page.root)
+    maker.commit(1)
+    for _ in range(12):
+        maker.reject()
+    first = page.get("/page/parts/images")
+    assert "bird number" not in first
+    older = re.search(r'href="/\?([^"]*)#images">Older', first)
+    assert older, "the groups behind the rejections can be reached"
+    assert "bird number 0" in page.get(f"/page/parts/images?{older[1]}")
+
+
+def test_a_group_shows_provenance_images_and_is_rejected(page):
+    record = ShardMaker(page.root).commit(1, captions=["a <b>red</b> bird"])
+    gid = record.groups[0].gid
+    text = page.browser.get(f"/page/groups/{gid}").text
+    assert "a &lt;b&gt;red&lt;/b&gt; bird" in text
+    assert record.name in text
+    image = page.browser.get(f"/page/groups/{gid}/images/0")
+    assert image.headers["content-type"] == "image/jpeg"
+    assert f"{URL}/v1/groups/{gid}/reject" in text
+    assert "Rejected" in page.post(f"groups/{gid}/reject").text
+    assert page.generator.get(f"/v1/groups/{gid}").json()["rejected"]
+    assert "1 rejected" in page.get("/page/parts/overview") or page.get("/page/parts/images")
+
+
+def test_captions_are_handed_in(page):
+    answer = page.post("batches", dataset="birds", prompts="a bird\n\n two birds ", seed="")
+    assert "2 captions accepted" in answer.text
+    (batch,) = page.generator.get("/v1/batches").json()["items"]
+    assert (batch["dataset"], batch["prompts"]["accepted"]) == ("birds", 2)
+
+
+def test_a_refused_form_says_why_with_the_status_of_the_api(page):
+    answer = page.post("batches", dataset="Birds!", prompts="a bird")
+    assert answer.status_code == 422
+    assert "dataset" in answer.text
+    answer = page.post("batches", dataset="birds", prompts="a bird", model="absent")
+    assert answer.status_code == 422
+    assert 'role="alert"' in answer.text
+    assert page.post("probes", run_id="none", dataset="digits").status_code == 422
+    assert page.post("runs", dataset="birds", max_steps="soon").status_code == 422
+
+
+def test_a_run_is_started_shown_stopped_and_resumed(page):
+    assert "is queued" in page.post("runs", dataset="birds", max_steps="30").text
+    (folder,) = page.place.runs()
+    assert folder.record.request.max_steps == 30
+    assert "No step yet" in page.get("/")
+    write_steps(page, folder.id, 20)
+    text = page.get("/page/parts/runs")
+    assert "Loss from step 1 to 20: between 0.25 and 5, now 0.25" in text
+    assert "Effective rank from step 10 to 20" in text
+    assert "Learning rate" in text
+    assert "paused" in page.post(f"runs/{folder.id}/stop").text
+    assert "queued" in page.post(f"runs/{folder.id}/resume").text
+    assert page.post(f"runs/{folder.id}/delete").status_code == 404
+
+
+def test_a_long_run_is_thinned_and_keeps_its_effective_ranks(page):
+    page.post("runs", dataset="birds", max_steps="9000")
+    (folder,) = page.place.runs()
+    write_steps(page, folder.id, 4321)
+    text = page.get("/page/parts/runs")
+    assert "Effective rank from step 30 to 4320" in text
+    points = re.findall(r'points="([^"]+)"', text)
+    assert max(len(line.split()) for line in points) <= 201
+
+
+def test_a_form_shows_its_curl_command(page):
+    text = html.unescape(page.post("preview/batches", dataset="d", prompts="it's a bird").text)
+    assert f"curl -X POST {URL}/v1/batches" in text
+    assert """'{"dataset": "d", "prompts": ["it'"'"'s a bird"]}'""" in text
+    text = page.post("preview/runs", dataset="d", max_steps="3").text
+    assert "curl -X POST http://testserver/v1/runs" in text
+    assert "Not complete yet" in page.post("preview/batches", dataset="d").text
+
+
+def test_another_site_cannot_act_for_the_reader(page):
+    fields = {"dataset": "birds", "max_steps": "30"}
+    assert page.browser.post("/page/runs", data=fields).status_code == 403
+    assert page.place.runs() == []
+
+
+def test_a_generator_that_is_gone_takes_only_its_parts_away(make_page):
+    page = make_page(generator_url=None)
+    assert "SYNTHREP_TRAINER_GENERATOR_URL" in page.get("/")
+    assert "is queued" in page.post("runs", dataset="birds", max_steps="30").text
+    assert page.browser.get("/page/groups/00").status_code == 422
+
+
+def test_the_key_is_asked_for_and_kept_from_scripts(make_page):
+    page = make_page(api_keys=[{"name": "ann", "key": KEY}])
+    assert 'name="key"' in page.get("/")
+    assert page.browser.get("/page/parts/runs").status_code == 401
+    page.post("session", key="wrong")
+    assert "not one of the service" in page.get("/")
+    answer = page.post("session", key=KEY)
+    assert answer.headers["hx-redirect"] == "/"
+    for cookie in answer.headers.get_list("set-cookie"):
+        assert "HttpOnly" in cookie
+        assert "SameSite=strict" in cookie
+        assert KEY not in cookie
+    assert "No run yet" in page.get("/")
+    assert "2 captions accepted" in page.post("batches", dataset="birds", prompts="a\nb").text
+    assert page.browser.get("/v1/runs").status_code == 401, "the API takes no cookie"
+    page.post("session")
+    assert 'name="key"' in page.get("/")
+
+
+def test_the_viewer_sees_and_does_what_the_key_allows(make_page):
+    keys = [
+        {"name": "ann", "key": "ann", "scopes": ["read", "submit"]},
+        {"name": "bob", "key": "bob", "scopes": ["read", "submit"]},
+        {"name": "eve", "key": "eve", "scopes": ["read"]},
+    ]
+    page = make_page(api_keys=keys)
+    page.post("session", key="ann")
+    page.post("runs", dataset="birds", max_steps="30")
+    page.post("batches", dataset="birds", prompts="a bird")
+    (folder,) = page.place.runs()
+    assert folder.id[:15] in page.get("/")
+    assert "1 of" not in page.get("/page/parts/overview")
+    assert "birds" in page.get("/page/parts/overview")
+    page.post("session", key="bob")
+    assert folder.id[:15] not in page.get("/")
+    assert "birds" not in page.get("/page/parts/overview")
+    assert page.post(f"runs/{folder.id}/stop").status_code == 404
+    page.post("session", key="eve")
+    assert "batches-form" not in page.get("/")
+    assert page.post("runs", dataset="birds", max_steps="30").status_code == 403
+
+
+def test_a_generator_with_another_key_gets_that_one(tmp_path):
+    page = Page(tmp_path, api_keys=[{"name": "ann", "key": "ann"}])
+    other = [{"name": "ann", "key": "other"}]
+    settings = GeneratorSettings.model_validate({"root": page.root, "api_keys": other})
+    with TestClient(create_generator(settings), base_url=URL) as generator:
+        trainer = TrainerSettings.model_validate(
+            {"root": page.root, "runs": tmp_path / "runs", "generator_url": URL,
+             "allowed_sources": [URL], "api_keys": [{"name": "ann", "key": "ann"}]}
+        )  # fmt: skip
+        with TestClient(create_app(trainer, generator=transport_to(generator))) as browser:
+            browser.post("/page/session", data={"key": "ann"}, headers=BY_PAGE)
+            assert "401" in browser.get("/page/parts/overview").text
+            keys = {"key": "ann", "generator_key": "other"}
+            browser.post("/page/session", data=keys, headers=BY_PAGE)
+            assert "401" not in browser.get("/page/parts/overview").text
