@@ -17,6 +17,7 @@ from synthrep_trainer import probes
 from synthrep_trainer.checkpoint import load_newest, save_checkpoint
 from synthrep_trainer.encoder import EncoderConfig, make_encoder
 from synthrep_trainer.errors import NoCheckpointError
+from synthrep_trainer.feature_maps import read_feature_map
 from synthrep_trainer.probe_data import ProbeDataError
 from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
@@ -85,6 +86,25 @@ def test_a_checkpoint_is_judged_by_its_path(place, settings, run):
     folder = place.submit_probe(ProbeRequest(checkpoint=path, dataset="light", protocol="knn"))
     probes.judge(folder, place, settings)
     assert json.loads(folder.result.read_bytes())["checkpoint"] == path
+
+
+def test_a_judged_checkpoint_leaves_a_map_of_its_runs_images(place, settings, run, shard_maker):
+    shard_maker.commit(4)
+    settings = settings.model_copy(update={"root": shard_maker.paths.root})
+    request = ProbeRequest(run_id=run.id, dataset="light", protocol="knn")
+    probes.judge(place.submit_probe(request), place, settings)
+    drawn = read_feature_map(run.path)
+    assert drawn is not None
+    assert (drawn.step, len(drawn.groups), len(drawn.images)) == (6, 4, 12)
+
+
+def test_a_map_that_cannot_be_drawn_costs_no_result(place, settings, run, shard_maker):
+    shard_maker.paths.log.write_text("no record\n")
+    settings = settings.model_copy(update={"root": shard_maker.paths.root})
+    folder = place.submit_probe(ProbeRequest(run_id=run.id, dataset="light", protocol="knn"))
+    probes.judge(folder, place, settings)
+    assert folder.result.exists()
+    assert read_feature_map(run.path) is None
 
 
 def test_features_are_those_of_the_saved_and_of_the_untrained_encoder(run):

@@ -12,7 +12,9 @@ from synthrep_trainer.representation import (
     alignment,
     effective_rank,
     health,
+    nearest_of_other_captions,
     neighbour_accuracy,
+    principal_plane,
     spread,
     uniformity,
 )
@@ -96,3 +98,43 @@ def test_neighbour_accuracy_is_that_of_the_slow_search(monkeypatch):
 
 def test_one_caption_has_no_neighbour_accuracy():
     assert neighbour_accuracy(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)) is None
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(40, 7), (7, 40), (2, 3)])
+def test_the_plane_is_that_of_the_two_largest_singular_values(rows, dim):
+    features = np.random.default_rng(0).normal(size=(rows, dim)) * np.arange(1, dim + 1)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    centred = unit - unit.mean(axis=0)
+    _, values, axes = np.linalg.svd(centred, full_matrices=False)
+    plane = principal_plane(torch.from_numpy(features))
+    expected = centred @ axes[:2].T
+    np.testing.assert_allclose(plane.coordinates.abs().numpy(), np.abs(expected), atol=1e-9)
+    np.testing.assert_allclose(plane.shares, values[:2] ** 2 / (values**2).sum(), atol=1e-9)
+    farthest = plane.coordinates[plane.coordinates.abs().argmax(dim=0), range(2)]
+    assert (farthest >= 0).all()
+
+
+@pytest.mark.parametrize("features", [torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)])
+def test_rows_that_are_equal_have_a_plane_without_variance(features):
+    plane = principal_plane(features)
+    assert plane.shares == (0.0, 0.0)
+    assert torch.equal(plane.coordinates, torch.zeros(len(features), 2).double())
+
+
+def test_the_nearest_of_other_captions_are_found_one_by_one():
+    random = np.random.default_rng(3)
+    features, ids = random.normal(size=(30, 5)), random.integers(0, 4, 30)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    found = nearest_of_other_captions(torch.from_numpy(features), torch.from_numpy(ids), 6)
+    for row, near in enumerate(found):
+        others = [k for k in range(30) if ids[k] != ids[row]]
+        expected = sorted(others, key=lambda k: -unit[k] @ unit[row])[:6]
+        assert [k for k, _ in near] == expected
+        np.testing.assert_allclose([c for _, c in near], unit[expected] @ unit[row], atol=1e-6)
+
+
+def test_fewer_rows_of_other_captions_are_all_there_are():
+    ids = torch.tensor([1, 1, 2])
+    found = nearest_of_other_captions(torch.eye(3), ids, 8)
+    assert [[k for k, _ in near] for near in found] == [[2], [2], [0, 1]]
+    assert nearest_of_other_captions(torch.eye(2), torch.zeros(2).long(), 8) == [[], []]

@@ -102,6 +102,19 @@ class AugmentConfig:
             blur_sigma_px=(low, high),
         )
 
+    @classmethod
+    def whole(cls, image_size_px: int) -> "AugmentConfig":
+        """The image as it is, in this size: for looking at, not for training."""
+        return cls(
+            image_size_px=image_size_px,
+            crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            jitter_probability=0.0,
+            grayscale_probability=0.0,
+            blur_probability=0.0,
+            flip_probability=0.0,
+        )
+
 
 def augment(
     image: UInt8[np.ndarray, "height width *channels"],

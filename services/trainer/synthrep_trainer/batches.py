@@ -31,14 +31,14 @@ from synthrep_trainer.text_tokens import encode_captions
 
 MAX_PIXELS = 4096 * 4096
 _PILLOW_FORMATS = {"png": "PNG", "webp": "WEBP"}
-# What decoders raise on damaged or hostile bytes; SyntaxError is Pillow's for a broken PNG chunk.
-_UNDECODABLE: tuple[type[Exception], ...] = (
+UNDECODABLE: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     SyntaxError,
     PIL.Image.DecompressionBombError,
     PIL.Image.DecompressionBombWarning,
 )
+"""What decoders raise on damaged or hostile bytes; SyntaxError is Pillow's for a broken PNG."""
 _PAUSE_S = 0.2  # between two looks at the stop flag
 
 
@@ -234,7 +234,7 @@ class BatchLoader:
         for stored in self._stream.store.read(group.shard, group.place, group.images):
             try:
                 image = decode(stored)
-            except _UNDECODABLE as error:
+            except UNDECODABLE as error:
                 reason = f"an image cannot be decoded: {error}"
                 raise self._stream.store.quarantine(
                     group.shard.seq, group.shard.name, reason
@@ -257,7 +257,7 @@ def _pinned(batch: Batch) -> Batch:
 
 
 def decode(image: Image) -> NDArray[np.uint8]:
-    """The pixels, (height, width, 3) RGB; raises one of _UNDECODABLE if there are none.
+    """The pixels, (height, width, 3) RGB; raises one of UNDECODABLE if there are none.
 
     Nothing larger than MAX_PIXELS is decoded, whatever a header promises.
     """

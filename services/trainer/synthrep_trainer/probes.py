@@ -29,6 +29,7 @@ from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
 from synthrep_trainer.errors import NoCheckpointError
 from synthrep_trainer.feature_cache import FeatureCache
+from synthrep_trainer.map_drawing import draw_feature_map
 from synthrep_trainer.probe_data import ProbeDataError, ProbeDataset, known_datasets
 from synthrep_trainer.probe_features import Memory
 from synthrep_trainer.probe_fewshot import FewShotProtocol
@@ -81,9 +82,10 @@ def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> N
     config, trained, untrained = encoders_of(checkpoint, request.weights)
     device = choose_device(settings.probe_device)
     protocol = _protocol(request, dataset, device=str(device))
+    encoder = FrozenEncoder(trained, device)
     result = probe(
         dataset,
-        FrozenEncoder(trained, device),
+        encoder,
         image_px=config.image_size_px,
         protocol=protocol,
         baselines={**BASELINES, "random_init": FrozenEncoder(untrained, device)},
@@ -96,6 +98,30 @@ def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> N
         "checkpoint": str(checkpoint.path.relative_to(place.root))
     }
     publish_bytes(json.dumps(answer).encode(), folder.result, replace=True)
+    _draw_map(checkpoint, encoder, config, place, settings)
+
+
+def _draw_map(
+    checkpoint: Checkpoint,
+    encoder: FrozenEncoder,
+    config: EncoderConfig,
+    place: Workplace,
+    settings: TrainerSettings,
+) -> None:
+    """The map of the checkpoint's run, which is no part of the result: without it, that stands."""
+    run = place.run(checkpoint.path.parents[1].name)
+    if run is None or not settings.map_images:
+        return
+    try:
+        draw_feature_map(
+            run,
+            open_checkpoint(checkpoint.path),
+            encoder,
+            image_px=config.image_size_px,
+            settings=settings,
+        )
+    except Exception:
+        _log.exception("feature_map_failed", extra={"run": run.id})
 
 
 def _memory(

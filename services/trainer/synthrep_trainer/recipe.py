@@ -80,15 +80,7 @@ def held_out_plan(record: RunRecord) -> HeldOutPlan | None:
     request = record.request
     if request.knn_every is None:
         return None
-    whole = AugmentConfig(
-        image_size_px=request.image_size,
-        crop_scale=(1.0, 1.0),
-        crop_ratio=(1.0, 1.0),
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-        flip_probability=0.0,
-    )
+    whole = AugmentConfig.whole(request.image_size)
     return HeldOutPlan(request.knn_every, request.knn_captions, _HELD_OUT_IMAGES, whole)
 
 

@@ -74,6 +74,46 @@ def neighbour_accuracy(
     return hits / len(unit)
 
 
+class Plane(NamedTuple):
+    """Rows on the two axes along which they differ most."""
+
+    coordinates: Float[Tensor, "rows 2"]
+    shares: tuple[float, float]
+    """What each axis holds of the variance; 0 where all rows are equal."""
+
+
+def principal_plane(features: Float[Tensor, "rows dim"]) -> Plane:
+    """The first two principal components of the rows as unit vectors, in fp64.
+
+    An axis has two directions: the one is taken in which its farthest row lies.
+    """
+    unit = F.normalize(features.detach().double(), dim=1)
+    centred = unit - unit.mean(dim=0)
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    coordinates = F.pad(left * values, (0, 2))[:, :2]  # one row or column has one axis
+    farthest = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True))
+    coordinates = coordinates * torch.where(farthest < 0, -1.0, 1.0)
+    variances = F.pad(values.square(), (0, 2))
+    first, second, *_ = (variances / variances.sum().clamp(min=1e-12)).tolist()
+    return Plane(coordinates, (first, second))
+
+
+def nearest_of_other_captions(
+    features: Float[Tensor, "rows dim"], caption_ids: Integer[Tensor, " rows"], count: int
+) -> list[list[tuple[int, float]]]:
+    """For each row, up to `count` rows of other caption ids with their cosines, nearest first.
+
+    Takes all pairs at once: for the few thousand rows that can be shown.
+    """
+    unit = F.normalize(features.detach().float(), dim=1)
+    cosines = (unit @ unit.T).masked_fill(caption_ids[:, None] == caption_ids, -torch.inf)
+    values, others = cosines.sort(dim=1, descending=True, stable=True)
+    return [
+        [(other, cosine) for other, cosine in zip(*row, strict=True) if cosine > -torch.inf]
+        for row in zip(others[:, :count].tolist(), values[:, :count].tolist(), strict=True)
+    ]
+
+
 def effective_rank(features: Float[Tensor, "rows dim"]) -> float:
     """exp of the entropy of the centred features' singular values, as shares of their sum.
 

@@ -5,6 +5,7 @@
               status.json       how far the launcher came with that; the launcher's
               lease, train.lock flock of the launcher, of rank 0 of the train process
               failure.json      last words of a train process that failed
+              map.json          its images as a checkpoint sees them; a probe's
               admissions.jsonl  metrics.jsonl  quarantine/  checkpoints/  log.txt
     claims/{runs,probes}/     which id an Idempotency-Key was given; the API's
     probes/<id>/request.json  status.json  result.json  head.safetensors

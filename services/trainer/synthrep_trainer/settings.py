@@ -41,6 +41,9 @@ class TrainerSettings(ServiceSettings):
     probe_cache_bytes: int = Field(default=20 << 30, ge=0)
     """Bound on `probe-cache` in the folder of runs: features of probes by checkpoint and set, and
     scores of baselines; 0 keeps none. One probe may need more until it ends."""
+    map_images: int = Field(default=400, ge=0, le=2000)
+    """Images of a run's data set on the map of its features, which a probe draws when it has judged
+    a checkpoint; 0 draws none."""
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     """Device of train processes; `auto` takes CUDA where there is one."""
     probe_device: str = Field(default="cpu", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")

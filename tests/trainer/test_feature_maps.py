@@ -1,0 +1,69 @@
+"""A run's map is read as it was written, and tells the neighbours of a group."""
+
+from __future__ import annotations
+
+from synthrep_trainer.feature_maps import (
+    FeatureMap,
+    MappedGroup,
+    MappedImage,
+    read_feature_map,
+    write_feature_map,
+)
+
+
+def mapped(group: int, image: int, *nearest: tuple[int, float]) -> MappedImage:
+    return MappedImage(group=group, image=image, x=0.0, y=0.0, nearest=nearest)
+
+
+def three_groups(step: int = 7) -> FeatureMap:
+    """Group aa has two images, bb and cc one each."""
+    return FeatureMap(
+        dataset="birds",
+        step=step,
+        checkpoint="5a",
+        shares=(0.5, 0.25),
+        neighbour_accuracy=0.5,
+        groups=tuple(
+            MappedGroup(gid=2 * name, caption=f"a {name}", is_held_out=False) for name in "abc"
+        ),
+        images=(
+            mapped(0, 0, (3, 0.5), (2, 0.4)),
+            mapped(0, 1, (2, 0.9), (3, 0.1)),
+            mapped(1, 0, (1, 0.9), (3, 0.2)),
+            mapped(2, 0, (0, 0.5), (2, 0.2)),
+        ),
+    )
+
+
+def test_a_map_is_read_as_it_was_written(tmp_path):
+    assert read_feature_map(tmp_path) is None
+    write_feature_map(tmp_path, three_groups())
+    assert read_feature_map(tmp_path) == three_groups()
+
+
+def test_a_map_that_was_replaced_is_read_anew(tmp_path):
+    for step in (7, 8):
+        write_feature_map(tmp_path, three_groups(step))
+        found = read_feature_map(tmp_path)
+        assert found is not None
+        assert found.step == step
+
+
+def test_a_map_of_another_version_or_damaged_is_none(tmp_path):
+    write_feature_map(tmp_path, three_groups().model_copy(update={"version": 9}))
+    assert read_feature_map(tmp_path) is None
+    write_feature_map(tmp_path, three_groups())
+    whole = (tmp_path / "map.json").read_bytes()
+    (tmp_path / "half.json").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "half.json").replace(tmp_path / "map.json")
+    assert read_feature_map(tmp_path) is None
+
+
+def test_neighbours_are_the_nearest_to_any_image_of_the_group():
+    found = three_groups().neighbours("aa", 8)
+    assert [(n.group.gid, n.image, n.cosine) for n in found] == [("bb", 0, 0.9), ("cc", 0, 0.5)]
+    assert len(three_groups().neighbours("aa", 1)) == 1
+
+
+def test_a_group_off_the_map_has_no_neighbours():
+    assert three_groups().neighbours("dd", 8) == []
