@@ -97,6 +97,7 @@ def up(
     )  # fmt: skip
     with errors_in_one_sentence(), sole_use(config.folder), Stack(config) as stack:
         stack.wait_ready()
+        typer.echo(f"page       {stack.trainer_url}/")
         typer.echo(f"generator  {stack.generator_url}/openapi.json")
         typer.echo(f"trainer    {stack.trainer_url}/openapi.json")
         typer.echo(f"files      {config.folder}\nCtrl-C stops everything")

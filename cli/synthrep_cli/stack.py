@@ -189,6 +189,7 @@ class Stack:
             "SYNTHREP_TRAINER_ROOT": str(self.config.data),
             "SYNTHREP_TRAINER_RUNS": str(self.config.folder / "trainer"),
             "SYNTHREP_TRAINER_PORT": str(self._trainer_port),
+            "SYNTHREP_TRAINER_GENERATOR_URL": self.generator_url,
             # Idle threads of one process must not spin on the cores that another needs.
             "OMP_WAIT_POLICY": "passive",
             **self.config.environment,
