@@ -19,7 +19,7 @@ from synthrep_trainer.page import forms
 from synthrep_trainer.page.answers import FormDep, ViewerDep, done, html, make_router
 from synthrep_trainer.page.door import PREFIX
 from synthrep_trainer.page.rendering import render
-from synthrep_trainer.page.sections import PARTS, Choice, Viewer
+from synthrep_trainer.page.sections import PARTS, Choice, Viewer, neighbours
 
 LARGE_PATHS = {f"{PREFIX}/{name}": 4 << 20 for name in ("batches", "preview/batches")}
 """Forms with captions, and the bytes that they may have."""
@@ -42,6 +42,12 @@ def _group(viewer: Viewer, view: GroupView) -> str:
     url = f"{viewer.generator.url}/v1/groups/{view.gid}"
     call = forms.curl(f"{url}/reject", has_key=bool(viewer.keys.generator))
     return render("group.html", group=view, call=call, may_submit=viewer.caller.has("submit"))
+
+
+@router.get(PREFIX + "/groups/{gid}/neighbours", openapi_extra=needs("read"))
+def near(viewer: ViewerDep, gid: GroupId) -> HTMLResponse:
+    """What a run takes for like the images of a group."""
+    return html(neighbours(viewer, gid))
 
 
 @router.get(PREFIX + "/groups/{gid}/images/{index}", openapi_extra=needs("read"))

@@ -18,7 +18,9 @@ from synthrep_shared.keys import Principal
 from synthrep_shared.messages import DatasetView, RunView
 from synthrep_trainer.context import Context, newest_first, readable
 from synthrep_trainer.errors import RunError
+from synthrep_trainer.feature_maps import read_feature_map
 from synthrep_trainer.page.door import Keys
+from synthrep_trainer.page.feature_map import drawing
 from synthrep_trainer.page.figures import curve, probe_figure, thinned_metrics
 from synthrep_trainer.page.generator import Generation, Generator, GroupPage, Place
 from synthrep_trainer.page.rendering import render
@@ -27,6 +29,7 @@ from synthrep_trainer.views import probe_view, run_view
 _RUNS_SHOWN = 6
 _PROBES_SHOWN = 8
 _GROUPS_SHOWN = 12
+_NEIGHBOURS_SHOWN = 8
 _CURVES = (
     ("loss", "Loss"),
     ("effective_rank", "Effective rank"),
@@ -153,11 +156,31 @@ def probes(viewer: Viewer, choice: Choice) -> str:
     return render("probes.html", figures=figures, choice=choice)
 
 
+def feature_map(viewer: Viewer, choice: Choice) -> str:
+    """The chosen run's images as its newest judged checkpoint sees them."""
+    run = viewer.picked_run(choice)
+    found = (
+        None if run is None else read_feature_map(viewer.context.run(viewer.caller, run.id).path)
+    )
+    return render("feature_map.html", map=None) if found is None else drawing(found)
+
+
+def neighbours(viewer: Viewer, gid: str) -> str:
+    """The images of other captions nearest to a group's, by the newest run whose map has it."""
+    folders = viewer.context.owned(viewer.caller, viewer.context.place.runs())
+    shown, _ = newest_first(folders, None, _RUNS_SHOWN)
+    for found in filter(None, (read_feature_map(folder.path) for folder in shown)):
+        if near := found.neighbours(gid, _NEIGHBOURS_SHOWN):
+            return render("neighbours.html", neighbours=near, step=found.step)
+    return ""
+
+
 PARTS: Mapping[str, Callable[[Viewer, Choice], str]] = {
     "overview": overview,
     "runs": runs,
     "images": images,
     "probes": probes,
+    "map": feature_map,
 }
 """By name, in the order in which they stand; each is kept fresh while the page is open."""
 
