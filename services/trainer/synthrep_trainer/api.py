@@ -73,8 +73,8 @@ def create_app(settings: TrainerSettings, *, generator: httpx.BaseTransport | No
     )
     app.state.context = context
     app.state.generator = Generator(settings, generator)
-    app.state.viewers = page.make_viewer_limiter()
     app.state.registry = routes_service.make_registry(context)
+    app.state.viewers = page.make_viewer_limiter(app.state.registry)
     app.state.listeners = routes_runs.make_listener_limiter()
     app.state.probe_uploads = routes_probe_sets.make_upload_limiter()
     for router in _ROUTERS:

@@ -19,7 +19,7 @@ from synthrep_trainer.page import forms
 from synthrep_trainer.page.answers import FormDep, ViewerDep, done, html, make_router
 from synthrep_trainer.page.door import PREFIX
 from synthrep_trainer.page.rendering import render
-from synthrep_trainer.page.sections import PARTS, Choice, Viewer, neighbours
+from synthrep_trainer.page.sections import Viewer, neighbours
 
 LARGE_PATHS = {f"{PREFIX}/{name}": 4 << 20 for name in ("batches", "preview/batches")}
 """Forms with captions, and the bytes that they may have."""
@@ -104,12 +104,13 @@ def submit_run(context: ContextDep, caller: CallerDep, form: FormDep) -> HTMLRes
 
 @router.post(PREFIX + "/runs/{run_id}/{verb}", openapi_extra=needs("submit"))
 def control_run(viewer: ViewerDep, run_id: RunId, verb: str) -> HTMLResponse:
-    """Stops a run, or goes on with it; answers with the part that shows it."""
+    """Stops a run, or goes on with it."""
     verbs = {"stop": routes_runs.stop, "resume": routes_runs.resume}
     if verb not in verbs:
         raise HTTPException(404, "a run can be stopped or resumed")
-    verbs[verb](viewer.context, viewer.caller, run_id)
-    return html(PARTS["runs"](viewer, Choice(run=run_id)))
+    view = verbs[verb](viewer.context, viewer.caller, run_id)
+    told = "stops when its checkpoint is written" if verb == "stop" else "goes on in its turn"
+    return done(f"Run {view.id[:15]} {told}.")
 
 
 @router.post(PREFIX + "/probes", openapi_extra=needs("probe"))

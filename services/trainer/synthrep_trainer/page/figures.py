@@ -1,4 +1,4 @@
-"""Numbers to what a drawing needs: curves over steps, bars with intervals. Pure but for reading.
+"""Numbers over steps to what a drawing of them needs. Pure but for reading.
 
 Coordinates are percent of the drawing, y downwards; text stands beside a drawing, never in it.
 """
@@ -11,12 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from synthrep_shared.messages import ProbeView
 from synthrep_trainer.metrics import last_metrics, read_metrics
 
 _MAX_POINTS = 200
 _JUDGED_EVERY = 10  # steps between effective ranks, so that thinned curves keep them
-_BASELINES = {"random_init": "untrained encoder", "pixels": "raw pixels"}
 
 
 @dataclass(frozen=True)
@@ -31,38 +29,6 @@ class Curve:
     high: float
     first_step: int
     last_step: int
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A score from 0 to 1 with its interval."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class ProbeFigure:
-    """A probe, with bars once it is completed; `step` is the judged checkpoint's."""
-
-    view: ProbeView
-    step: int | None
-    bars: tuple[Bar, ...]
-    majority: float | None
-
-    @property
-    def verdict(self) -> str:
-        """What the intervals say of training, in words."""
-        if len(self.bars) < 2:
-            return ""
-        trained, untrained = self.bars[:2]
-        if trained.low > untrained.high:
-            return "better than untrained, intervals apart"
-        if trained.high < untrained.low:
-            return "worse than untrained, intervals apart"
-        return "intervals overlap: no evidence of a difference"
 
 
 def curve(title: str, lines: Sequence[dict[str, Any]], name: str) -> Curve | None:
@@ -98,21 +64,3 @@ def _every(path: Path, stride: int, count: int) -> tuple[dict[str, Any], ...]:
     """The numbers of `count` steps, each found by bisection; steps that are done do not change."""
     found = (read_metrics(path, after=i * stride - 1, limit=1) for i in range(1, count + 1))
     return tuple(line for lines in found for line in lines)
-
-
-def probe_figure(view: ProbeView) -> ProbeFigure:
-    """The bars of a probe: trained first, then what it has to beat."""
-    step = None
-    if view.checkpoint:
-        digits = view.checkpoint.rpartition("step-")[2]
-        step = int(digits) if digits.isdigit() else None
-    bars, baselines = [], view.baselines or {}
-    if view.value is not None and view.ci95 is not None:
-        bars.append(Bar("trained", view.value, *view.ci95))
-        for name, title in _BASELINES.items():
-            if (score := baselines.get(name)) is not None:
-                bars.append(
-                    Bar(title, score["value"], *(score.get("ci95") or [score["value"]] * 2))
-                )
-    majority = baselines.get("majority")
-    return ProbeFigure(view, step, tuple(bars), majority and majority["value"])

@@ -26,9 +26,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number, "count": count, "size": size, "duration": duration, "clock": clock,
-    }  # fmt: skip
+    for make in (number, count, percent, ratio, size, duration, clock, date):
+        environment.filters[make.__name__] = make
     return environment
 
 
@@ -40,6 +39,22 @@ def number(value: float | None) -> str:
 def count(value: int | None) -> str:
     """With a narrow space between thousands."""
     return _NOTHING if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def percent(fraction: float, unit: str = " %") -> str:
+    """A fraction in percent, with one decimal."""
+    return f"{100 * fraction:.1f}{unit}"
+
+
+def ratio(value: float | None) -> str:
+    """`1 : 4` for a quarter, `4 : 1` for four."""
+    if not value:
+        return _NOTHING
+    return f"{_short(value)} : 1" if value > 1 else f"1 : {_short(1 / value)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else count(round(value))
 
 
 def size(num_bytes: float | None) -> str:
@@ -68,5 +83,10 @@ def duration(seconds: float | None) -> str:
 
 
 def clock(moment: datetime) -> str:
-    """A time of day in UTC, with its date."""
+    """A time of day in UTC."""
+    return f"{moment.astimezone(UTC):%H:%M:%S} UTC"
+
+
+def date(moment: datetime) -> str:
+    """A day and a time of it in UTC."""
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -7,7 +7,9 @@ that no other site can send.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime
 from importlib import resources
+from typing import get_args
 from urllib.parse import parse_qs
 
 import anyio
@@ -15,15 +17,17 @@ from anyio.to_thread import run_sync
 from fastapi import Depends, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client import CollectorRegistry, Gauge
 
 from synthrep_shared.asgi import NEEDS_NO_KEY, needs
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.keys import Principal
-from synthrep_trainer.context import ContextDep
+from synthrep_shared.messages import ProbeRequest, RunRequest
+from synthrep_trainer.context import Context, ContextDep
 from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, html, make_router
 from synthrep_trainer.page.door import PREFIX, Keys, keys_of, remember
-from synthrep_trainer.page.rendering import render
-from synthrep_trainer.page.sections import PARTS, Choice, Viewer
+from synthrep_trainer.page.rendering import clock, render
+from synthrep_trainer.page.sections import PARTS, Choice, Viewer, picked_dataset
 from synthrep_trainer.probe_data import known_datasets
 from synthrep_trainer.problems import too_many
 
@@ -47,9 +51,14 @@ async def sheet(request: Request, context: ContextDep, choice: ChoiceDep) -> HTM
     """The page, with everything that it shows now; without a key, a form that asks for one."""
     caller = request.scope["state"]["principal"]
     if caller is None or not caller.has("read"):
-        return html(render("sign_in.html", problem=_why_not(request, caller)))
+        return _sign_in_form(context, _why_not(request, caller))
     viewer = Viewer(context, request.app.state.generator, caller, keys_of(request))
     return await run_sync(_sheet, viewer, choice)
+
+
+def _sign_in_form(context: Context, problem: str = "") -> HTMLResponse:
+    needs_key = bool(context.settings.api_keys)
+    return html(render("sign_in.html", problem=problem, needs_key=needs_key))
 
 
 def _why_not(request: Request, caller: Principal | None) -> str:
@@ -61,17 +70,24 @@ def _why_not(request: Request, caller: Principal | None) -> str:
 
 def _sheet(viewer: Viewer, choice: Choice) -> HTMLResponse:
     runs, _ = viewer.runs()
+    run = viewer.picked_run(choice)
     generation, _ = viewer.generation()
+    dataset = picked_dataset(generation, choice, run)
     return html(
         render(
             "sheet.html",
             parts={name: make(viewer, choice) for name, make in PARTS.items()},
             choice=choice,
-            datasets=[dataset.name for dataset in generation.datasets] if generation else [],
+            datasets=[known.name for known in generation.datasets] if generation else [],
+            dataset=dataset.name if dataset else "",
+            objectives=get_args(RunRequest.model_fields["objective"].annotation),
+            protocols=get_args(ProbeRequest.model_fields["protocol"].annotation),
             probe_sets=sorted(known_datasets(viewer.context.settings)),
             runs=runs,
-            has_keys=bool(viewer.keys.trainer),
+            run_id=run.id if run else "",
+            has_keys=any(viewer.keys),
             caller=viewer.caller,
+            now=datetime.now(UTC),
         )
     )
 
@@ -83,6 +99,12 @@ def static(name: str) -> Response:
         raise HTTPException(404, "there is no such file")
     data = (resources.files(__package__) / "static" / name).read_bytes()
     return Response(data, media_type=STATIC[name], headers={"cache-control": "no-cache"})
+
+
+@router.get(PREFIX + "/session", openapi_extra=NEEDS_NO_KEY)
+def session(context: ContextDep) -> HTMLResponse:
+    """A form that asks for the keys."""
+    return _sign_in_form(context)
 
 
 @router.post(PREFIX + "/session", openapi_extra=NEEDS_NO_KEY)
@@ -116,9 +138,12 @@ async def _seat(request: Request) -> AsyncIterator[None]:
         seats.release_on_behalf_of(request)
 
 
-def make_viewer_limiter() -> anyio.CapacityLimiter:
-    """How many pages may be open at once."""
-    return anyio.CapacityLimiter(_MAX_VIEWERS)
+def make_viewer_limiter(registry: CollectorRegistry) -> anyio.CapacityLimiter:
+    """How many pages may be open at once; how many are, `registry` is told."""
+    limiter = anyio.CapacityLimiter(_MAX_VIEWERS)
+    gauge = Gauge("synthrep_trainer_open_pages", "Pages that are kept fresh.", registry=registry)
+    gauge.set_function(lambda: limiter.borrowed_tokens)
+    return limiter
 
 
 @router.get(
@@ -128,9 +153,10 @@ def make_viewer_limiter() -> anyio.CapacityLimiter:
     dependencies=[Depends(_seat)],
 )
 async def events(viewer: ViewerDep, choice: ChoiceDep) -> AsyncIterator[ServerSentEvent]:
-    """Each part whenever it looks different, under its name."""
+    """Each part whenever it looks different, under its name; the time, so that a halt is seen."""
     shown: dict[str, str] = {}
     while True:
+        yield ServerSentEvent(event="clock", raw_data=clock(datetime.now(UTC)))
         for name, make in PARTS.items():
             html = await run_sync(_made, make, viewer, choice)
             if html is not None and html != shown.get(name):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from synthrep_shared.errors import ServiceError
@@ -21,13 +22,16 @@ from synthrep_trainer.errors import RunError
 from synthrep_trainer.feature_maps import read_feature_map
 from synthrep_trainer.page.door import Keys
 from synthrep_trainer.page.feature_map import drawing
-from synthrep_trainer.page.figures import curve, probe_figure, thinned_metrics
+from synthrep_trainer.page.figures import curve, thinned_metrics
 from synthrep_trainer.page.generator import Generation, Generator, GroupPage, Place
+from synthrep_trainer.page.probe_charts import charts, judged_by
 from synthrep_trainer.page.rendering import render
 from synthrep_trainer.views import probe_view, run_view
 
 _RUNS_SHOWN = 6
-_PROBES_SHOWN = 8
+_PROBES_READ = 200
+_WAITING_SHOWN = 8
+_WORKERS_SHOWN = 8
 _GROUPS_SHOWN = 12
 _NEIGHBOURS_SHOWN = 8
 _CURVES = (
@@ -54,6 +58,14 @@ class Choice:
         return urlencode({name: value for name, value in picks.items() if value})
 
 
+class Absence(NamedTuple):
+    """Why nothing is known of the generator."""
+
+    sentence: str
+    is_locked: bool
+    """Whether a key of its own would open it."""
+
+
 @dataclass(frozen=True)
 class Viewer:
     """Who looks, and what there is to look at."""
@@ -63,12 +75,16 @@ class Viewer:
     caller: Principal
     keys: Keys
 
-    def generation(self) -> tuple[Generation | None, str]:
-        """How the generator stands, or None and why not, in a sentence."""
+    def generation(self) -> tuple[Generation | None, Absence | None]:
+        """How the generator stands, or None and why not."""
         try:
-            return self.generator.generation(self.keys.generator), ""
-        except (ServiceError, RunError) as error:
-            return None, str(error)
+            return self.generator.generation(self.keys.generator), None
+        except ServiceError as error:
+            if error.status == HTTPStatus.UNAUTHORIZED:
+                return None, Absence("it does not know this key.", is_locked=True)
+            return None, Absence(str(error), is_locked=False)
+        except RunError as error:
+            return None, Absence(str(error), is_locked=False)
 
     def runs(self, cursor: str | None = None) -> tuple[list[RunView], str | None]:
         """A page of the viewer's runs, the newest first."""
@@ -97,17 +113,32 @@ def picked_dataset(generation: Generation | None, choice: Choice, run: RunView |
 
 
 def overview(viewer: Viewer, choice: Choice) -> str:
-    """Figures of everything in one row each: generation, store, training, and their ratio."""
-    generation, problem = viewer.generation()
+    """Figures of everything in one row: generation, store, training, and their ratio."""
+    generation, absence = viewer.generation()
     run = viewer.picked_run(choice)
     return render(
         "overview.html",
         generation=generation,
-        problem=problem,
+        absence=absence,
         dataset=picked_dataset(generation, choice, run),
         run=run,
+        eta_s=_eta_s(run) if run else None,
         free_bytes=_free_bytes(viewer.context),
     )
+
+
+def _eta_s(run: RunView) -> float | None:
+    """Seconds that the steps left take at the pace of the newest one."""
+    if not run.step or not run.images_per_s:
+        return None
+    return (run.max_steps - run.step) * run.images_seen / run.step / run.images_per_s
+
+
+def generation(viewer: Viewer, choice: Choice) -> str:
+    """The newest batches, and who works on them."""
+    del choice
+    found, _ = viewer.generation()
+    return render("generation.html", generation=found, max_workers=_WORKERS_SHOWN)
 
 
 def runs(viewer: Viewer, choice: Choice) -> str:
@@ -126,9 +157,9 @@ def runs(viewer: Viewer, choice: Choice) -> str:
 
 def images(viewer: Viewer, choice: Choice) -> str:
     """A page of groups of the chosen data set, the newest first."""
-    generation, problem = viewer.generation()
+    generation, absence = viewer.generation()
     dataset = picked_dataset(generation, choice, viewer.picked_run(choice))
-    page = GroupPage((), None)
+    page, problem = GroupPage((), None), ""
     if dataset is not None:
         key = viewer.keys.generator
         try:
@@ -143,17 +174,24 @@ def images(viewer: Viewer, choice: Choice) -> str:
         datasets=generation.datasets if generation else (),
         dataset=dataset,
         page=page,
+        is_absent=absence is not None,
         problem=problem,
         choice=choice,
     )
 
 
 def probes(viewer: Viewer, choice: Choice) -> str:
-    """The newest probes, with bars for those that are completed."""
+    """Scores of the chosen run over its checkpoints, or of that which was judged last."""
     context, caller = viewer.context, viewer.caller
-    shown, _ = newest_first(context.owned(caller, context.place.probes()), None, _PROBES_SHOWN)
-    figures = [probe_figure(view) for view in readable(probe_view, shown)]
-    return render("probes.html", figures=figures, choice=choice)
+    folders, _ = newest_first(context.owned(caller, context.place.probes()), None, _PROBES_READ)
+    judged, others = judged_by(folders)
+    run = choice.run or (judged[0].run if judged else "")
+    listed, _ = viewer.runs()
+    return render(
+        "probes.html",
+        charts=charts(run, judged, {one.id: one.request["objective"] for one in listed}),
+        waiting=readable(probe_view, others[:_WAITING_SHOWN]),
+    )
 
 
 def feature_map(viewer: Viewer, choice: Choice) -> str:
@@ -177,8 +215,9 @@ def neighbours(viewer: Viewer, gid: str) -> str:
 
 PARTS: Mapping[str, Callable[[Viewer, Choice], str]] = {
     "overview": overview,
-    "runs": runs,
     "images": images,
+    "generation": generation,
+    "runs": runs,
     "probes": probes,
     "map": feature_map,
 }
