@@ -55,7 +55,7 @@ class _HtmlRoute(APIRoute):
             except HTTPException as error:
                 return _problem(error.status_code, [str(error.detail)])
             except ServiceError as error:
-                return _problem(error.status, [str(error)])
+                return _problem(error.status, [error.detail or error.title])
             except (RequestValidationError, ValidationError) as error:
                 return _problem(422, problems(error.errors()))
             except (SynthRepError, UnicodeDecodeError) as error:

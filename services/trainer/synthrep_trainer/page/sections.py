@@ -82,7 +82,7 @@ class Viewer:
         except ServiceError as error:
             if error.status == HTTPStatus.UNAUTHORIZED:
                 return None, Absence("it does not know this key.", is_locked=True)
-            return None, Absence(str(error), is_locked=False)
+            return None, Absence(error.detail or error.title, is_locked=False)
         except RunError as error:
             return None, Absence(str(error), is_locked=False)
 
