@@ -78,6 +78,7 @@ def run_demo(config: DemoConfig, captions: list[str], console: Console) -> DemoR
                    "SYNTHREP_PROBE_DATA": ""}  # fmt: skip
     with Stack(StackConfig(folder=config.folder, environment=environment)) as stack:
         stack.wait_ready()
+        console.print(f"    watch it at [link]{stack.trainer_url}/[/] while it runs")
         with stack.client() as client:
             console.print(
                 f"[bold]2/4[/] {len(captions)} captions × {config.images_per_caption} images "

@@ -55,8 +55,7 @@ class Page:
         )
         self.place = Workplace(folder / "runs")
         trainer = {
-            "root": self.root, "runs": self.place.root,
-            "allowed_sources": [URL], "generator_url": URL,
+            "root": self.root, "runs": self.place.root, "generator_url": URL,
         }  # fmt: skip
         app = create_app(
             TrainerSettings.model_validate(trainer | settings),
@@ -286,7 +285,7 @@ def test_a_generator_with_another_key_gets_that_one(tmp_path):
     with TestClient(create_generator(settings), base_url=URL) as generator:
         trainer = TrainerSettings.model_validate(
             {"root": page.root, "runs": tmp_path / "runs", "generator_url": URL,
-             "allowed_sources": [URL], "api_keys": [{"name": "ann", "key": "ann"}]}
+             "api_keys": [{"name": "ann", "key": "ann"}]}
         )  # fmt: skip
         with TestClient(create_app(trainer, generator=transport_to(generator))) as browser:
             browser.post("/page/session", data={"key": "ann"}, headers=BY_PAGE)

@@ -66,8 +66,10 @@ class TrainerSettings(ServiceSettings):
     source_keys: dict[Origin, SecretStr] = Field(default={})
     """The key for each of them that wants one, a JSON object by address, at best from a file."""
     generator_url: Origin | None = None
-    """The generator that fills the root's data sets, one of `allowed_sources`: runs that say so
-    pause and resume its batches."""
+    """The generator that fills the root's data sets: the page shows it, with the key of whoever
+    looks, runs that say so pause and resume its batches, and shards may come from it as well."""
+    generator_public_url: Origin | None = None
+    """Its address as people reach it, for the commands that the page shows; empty: the same."""
     source_poll_s: float = Field(default=5.0, gt=0, le=600)
     """Longest pause between two looks at a generator's log; an event of it shortens the pause."""
     layout: Literal["replicate", "shard"] = "replicate"

@@ -39,8 +39,8 @@ def group(viewer: ViewerDep, gid: GroupId) -> HTMLResponse:
 
 
 def _group(viewer: Viewer, view: GroupView) -> str:
-    url = f"{viewer.generator.url}/v1/groups/{view.gid}"
-    call = forms.curl(f"{url}/reject", has_key=bool(viewer.keys.generator))
+    url = f"{viewer.generator.public_url}/v1/groups/{view.gid}/reject"
+    call = forms.curl(url, has_key=bool(viewer.keys.generator))
     return render("group.html", group=view, call=call, may_submit=viewer.caller.has("submit"))
 
 
@@ -76,7 +76,7 @@ def preview(request: Request, viewer: ViewerDep, name: str, form: FormDep) -> HT
     except ValidationError as error:
         return html(render("unfinished.html", sentences=forms.problems(error.errors())))
     is_generators = name == "batches"
-    base = viewer.generator.url if is_generators else str(request.base_url).rstrip("/")
+    base = viewer.generator.public_url if is_generators else str(request.base_url).rstrip("/")
     key = viewer.keys.generator if is_generators else viewer.keys.trainer
     call = forms.curl(base + forms.FORMS[name][1], body=forms.body_of(asked), has_key=bool(key))
     return html(render("call.html", call=call))

@@ -21,7 +21,6 @@ from synthrep_shared.errors import ServiceError, ServiceUnavailableError
 from synthrep_shared.messages import BatchView, DatasetView, GroupView, QueueView, WorkerView
 from synthrep_trainer.errors import RunError
 from synthrep_trainer.settings import TrainerSettings
-from synthrep_trainer.sources import check_source
 
 T = TypeVar("T")
 _TIMEOUT_S = 5.0
@@ -77,12 +76,16 @@ class Generator:
 
     @property
     def url(self) -> str:
-        """Its address; raises RunError where the settings name none, or none that they allow."""
+        """Its address; raises RunError where the settings name none."""
         url = self._settings.generator_url
         if url is None:
             raise RunError("no generator: name it in the setting SYNTHREP_TRAINER_GENERATOR_URL")
-        check_source(url, self._settings)
-        return str(url)
+        return url
+
+    @property
+    def public_url(self) -> str:
+        """Its address as people reach it; raises RunError as above."""
+        return self._settings.generator_public_url or self.url
 
     def client(self, key: str) -> SynthRep:
         """A client for one viewer, which tries once; it borrows the connections, do not close."""
