@@ -38,12 +38,7 @@ def waiting_share(steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         commit_images(DatasetPaths(root / "data", _DATASET))
-        request = RunRequest(
-            dataset=_DATASET,
-            max_steps=_WARM_UP_STEPS + steps,
-            captions_per_batch=_CAPTIONS_PER_BATCH,
-            images_per_caption=_IMAGES_PER_CAPTION,
-        )
+        request = demo_request(_DATASET, max_steps=_WARM_UP_STEPS + steps)
         run = Workplace(root / "trainer").submit_run(request)
         settings = TrainerSettings(root=str(root / "data"), runs=root / "trainer", device="cpu")
         train.run(run, settings, lambda: False)
@@ -52,6 +47,16 @@ def waiting_share(steps: int) -> float:
     views = _CAPTIONS_PER_BATCH * _IMAGES_PER_CAPTION
     seconds = sum(views / step["images_per_s"] for step in timed)
     return float(sum(step["wait_s"] for step in timed) / seconds)
+
+
+def demo_request(dataset: str, *, max_steps: int) -> RunRequest:
+    """A run with the demo's batches."""
+    return RunRequest(
+        dataset=dataset,
+        max_steps=max_steps,
+        captions_per_batch=_CAPTIONS_PER_BATCH,
+        images_per_caption=_IMAGES_PER_CAPTION,
+    )
 
 
 def commit_images(paths: DatasetPaths) -> None:
