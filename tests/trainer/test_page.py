@@ -5,18 +5,28 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from synthrep_generator.api import create_app as create_generator
 from synthrep_generator.settings import GeneratorSettings
+from synthrep_shared.keys import OPEN
+from synthrep_shared.messages import RunRequest
 from synthrep_trainer.api import create_app
+from synthrep_trainer.context import Context
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
+from synthrep_trainer.page import routes, sections
+from synthrep_trainer.page.door import Keys
+from synthrep_trainer.page.generator import Generator
 from synthrep_trainer.page.routes import STATIC
+from synthrep_trainer.page.sections import PARTS, Choice, Viewer
+from synthrep_trainer.records import Status
 from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
 
@@ -42,10 +52,16 @@ def transport_to(service: TestClient) -> httpx.MockTransport:
     return httpx.MockTransport(ask)
 
 
+def no_answer(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("connection refused", request=request)
+
+
 class Page:
     """A trainer's page and the generator that it asks."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, transport: httpx.MockTransport | None = None, **settings: Any
+    ) -> None:
         self.root = folder / "data"
         self.root.mkdir()
         keys = settings.get("api_keys", [])
@@ -57,11 +73,9 @@ class Page:
         trainer = {
             "root": self.root, "runs": self.place.root, "generator_url": URL,
         }  # fmt: skip
-        app = create_app(
-            TrainerSettings.model_validate(trainer | settings),
-            generator=transport_to(self.generator),
-        )
-        self.browser = TestClient(app)
+        self.settings = TrainerSettings.model_validate(trainer | settings)
+        self.transport = transport or transport_to(self.generator)
+        self.browser = TestClient(create_app(self.settings, generator=self.transport))
 
     def get(self, path: str) -> str:
         answer = self.browser.get(path)
@@ -293,3 +307,92 @@ def test_a_generator_with_another_key_gets_that_one(tmp_path):
             keys = {"key": "ann", "generator_key": "other"}
             browser.post("/page/session", data=keys, headers=BY_PAGE)
             assert "does not know" not in browser.get("/page/parts/overview").text
+
+
+def test_an_expired_key_leads_back_to_the_question_for_it(make_page):
+    page = make_page(api_keys=[{"name": "ann", "key": KEY}])
+    answer = page.post("batches", dataset="birds", prompts="a bird")
+    assert (answer.status_code, answer.headers["hx-redirect"]) == (401, "/")
+    assert "hx-redirect" not in page.browser.get("/v1/runs").headers
+
+
+def test_another_site_cannot_sign_a_reader_in(page):
+    assert page.browser.post("/page/session", data={"key": "theirs"}).status_code == 403
+    assert not page.browser.cookies
+
+
+def test_a_generator_that_does_not_answer_takes_only_its_parts_away(make_page):
+    page = make_page(transport=httpx.MockTransport(no_answer))
+    page.post("runs", dataset="birds", max_steps="30")
+    text = page.get("/")
+    assert "is the service running?" in text
+    assert "No step yet" in text
+    answer = page.post("batches", dataset="birds", prompts="a bird")
+    assert answer.status_code == 503
+    assert "is the service running?" in answer.text
+
+
+def test_a_page_that_is_not_there_says_so_on_a_page(page):
+    answer = page.browser.get("/?run=absent")
+    assert answer.status_code == 404
+    assert "<!doctype html>" in answer.text
+    assert 'href="/"' in answer.text
+
+
+HOSTILE = """<script>alert("1")</script>' onload='x"""
+
+
+def test_captions_and_errors_are_text_wherever_they_show(page):
+    record = ShardMaker(page.root).commit(1, captions=[HOSTILE])
+    gid = record.groups[0].gid
+    page.post("runs", dataset="birds", max_steps="30")
+    (folder,) = page.place.runs()
+    folder.write_status(Status(state="failed", error=HOSTILE))
+    shown = [
+        page.browser.get("/").text,
+        page.browser.get(f"/page/groups/{gid}").text,
+        page.post("preview/batches", dataset="birds", prompts=HOSTILE).text,
+        page.post("batches", dataset=HOSTILE, prompts="a bird").text,
+        page.post("probes", run_id=HOSTILE, dataset="digits").text,
+        page.browser.get("/", params={"run": HOSTILE}).text,
+        page.browser.get("/", params={"dataset": HOSTILE}).text,
+    ]
+    for text in shown:
+        assert "<script>" not in text
+        assert "' onload='" not in text
+    assert all("alert(" in text for text in shown[:3])
+    assert "failed: &lt;script&gt;" in shown[0]
+
+
+def follow(page: Page, num_rounds: int) -> list[list[str]]:
+    """Names of what the stream sends, a list for each look."""
+
+    async def collect() -> list[list[str]]:
+        context = Context(page.settings, page.place)
+        viewer = Viewer(context, Generator(page.settings, page.transport), OPEN, Keys("", ""))
+        rounds: list[list[str]] = []
+        async with aclosing(routes.events(viewer, Choice())) as stream:
+            async for event in stream:
+                if event.event == "clock":
+                    if len(rounds) == num_rounds:
+                        return rounds
+                    rounds.append([])
+                    if len(rounds) == num_rounds:
+                        page.place.submit_run(
+                            RunRequest(dataset="birds", max_steps=30), owner="ann"
+                        )
+                else:
+                    rounds[-1].append(event.event)
+        raise AssertionError("the stream ended")
+
+    return anyio.run(collect)
+
+
+def test_the_stream_sends_what_has_changed(page, monkeypatch):
+    monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(sections, "_free_bytes", lambda context: None)
+    first, second, third = follow(page, 3)
+    assert first == list(PARTS)
+    assert second == []
+    assert {"overview", "runs"} <= set(third)
+    assert "images" not in third

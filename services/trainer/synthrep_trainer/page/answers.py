@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
@@ -38,8 +39,10 @@ def done(sentence: str) -> HTMLResponse:
     return html(render("notice.html", sentences=[sentence], is_problem=False))
 
 
-def _problem(status: int, sentences: list[str]) -> HTMLResponse:
-    return html(render("notice.html", sentences=sentences, is_problem=True), status)
+def _problem(request: Request, status: int, sentences: list[str]) -> HTMLResponse:
+    """A refusal: for its place on the page, or as a page where the browser went there."""
+    template = "notice.html" if "hx-request" in request.headers else "refusal.html"
+    return html(render(template, sentences=sentences, is_problem=True), status)
 
 
 class _HtmlRoute(APIRoute):
@@ -53,13 +56,15 @@ class _HtmlRoute(APIRoute):
             try:
                 return await handle(request)
             except HTTPException as error:
-                return _problem(error.status_code, [str(error.detail)])
+                return _problem(request, error.status_code, [str(error.detail)])
             except ServiceError as error:
-                return _problem(error.status, [error.detail or error.title])
+                if error.status == HTTPStatus.UNAUTHORIZED:  # the generator's word, not ours
+                    return _problem(request, 403, ["the generator does not know this key"])
+                return _problem(request, error.status, [error.detail or error.title])
             except (RequestValidationError, ValidationError) as error:
-                return _problem(422, problems(error.errors()))
+                return _problem(request, 422, problems(error.errors()))
             except (SynthRepError, UnicodeDecodeError) as error:
-                return _problem(422, [str(error)])
+                return _problem(request, 422, [str(error)])
 
         return guarded
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+from http import HTTPStatus
 from typing import NamedTuple
 
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
-from synthrep_shared.asgi import App, Receive, Scope, Send
+from synthrep_shared.asgi import App, Message, Receive, Scope, Send
 
 PREFIX = "/page"
 _TRAINER_COOKIE, _GENERATOR_COOKIE = "synthrep_key", "synthrep_generator_key"
@@ -36,13 +37,21 @@ class Door:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _is_of_page(scope["path"]):
-            connection = HTTPConnection(scope)
-            key = _decoded(connection.cookies.get(_TRAINER_COOKIE, ""))
-            if key and "authorization" not in connection.headers:
-                header = (b"authorization", b"Bearer " + key.encode())
-                scope = {**scope, "headers": [*scope["headers"], header]}
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or not _is_of_page(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        connection = HTTPConnection(scope)
+        key = _decoded(connection.cookies.get(_TRAINER_COOKIE, ""))
+        if key and "authorization" not in connection.headers:
+            header = (b"authorization", b"Bearer " + key.encode())
+            scope = {**scope, "headers": [*scope["headers"], header]}
+
+        async def send_on(message: Message) -> None:
+            if message.get("status") == HTTPStatus.UNAUTHORIZED:  # htmx then asks for the key
+                message = {**message, "headers": [*message["headers"], (b"hx-redirect", b"/")]}
+            await send(message)
+
+        await self._app(scope, receive, send_on)
 
 
 def keys_of(request: Request) -> Keys:
