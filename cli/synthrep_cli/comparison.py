@@ -7,14 +7,10 @@ results is not done again at all, also where the folder of the services is gone.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import count, pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,12 +18,11 @@ from synthrep_cli.comparison_config import BASELINES, Comparison, ComparisonErro
 from synthrep_cli.comparison_progress import Show, progress
 from synthrep_cli.comparison_rows import (
     METRICS,
-    Cost,
     ResultRow,
-    append_rows,
     missing_sets,
     read_rows,
 )
+from synthrep_cli.comparison_runs import Run, advance, gpus_here, record, views_of
 from synthrep_cli.comparison_worlds import (
     captions_of,
     import_real,
@@ -39,12 +34,9 @@ from synthrep_cli.comparison_worlds import (
 )
 from synthrep_cli.stack import Stack, StackConfig
 from synthrep_shared.client import SynthRep
-from synthrep_shared.messages import ProbeRequest, ProbeView, RunRequest, RunView
 from synthrep_shared.storage import DatasetPaths
 
 _POLL_S = 1.0
-_CURVE_POINTS = 100
-_ENDED = ("completed", "failed")
 
 
 @dataclass(frozen=True)
@@ -59,27 +51,6 @@ class Places:
     """What files named in the configuration are relative to."""
 
 
-@dataclass
-class _Run:
-    """One row and seed on its way."""
-
-    row: str
-    seed: int
-    key: str
-    request: RunRequest
-    sets: list[str]
-    """Sets without a result yet."""
-    view: RunView | None = None
-    probes: dict[str, ProbeView] = field(default_factory=dict)
-    error: str = ""
-
-    @property
-    def is_over(self) -> bool:
-        return bool(self.error) or (
-            bool(self.probes) and all(p.state in _ENDED for p in self.probes.values())
-        )
-
-
 @dataclass(frozen=True)
 class Finished:
     """What there is once nothing is left to do."""
@@ -91,14 +62,6 @@ class Finished:
     """`photos` or `drawings`: what the real images are; empty without a real row."""
     failures: list[str]
     sets: list[str]
-
-
-def gpus_here() -> tuple[str, ...]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    from torch import cuda
-
-    named = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
-    return tuple(named[: cuda.device_count()] or map(str, range(cuda.device_count())))
 
 
 def run_comparison(
@@ -163,7 +126,7 @@ def _datasets(
 
 def _plan(
     config: Comparison, names: dict[str, str], sets: Sequence[str], rows: Sequence[ResultRow]
-) -> list[_Run]:
+) -> list[Run]:
     """What is missing, seed by seed, so that a part of the seeds is a whole table early."""
     runs = []
     for seed in config.seeds:
@@ -180,11 +143,11 @@ def _plan(
                 missing = [name for name in sets if name in missing or name in needed]
             if missing:
                 request = config.request(row, seed, dataset=names[row])
-                runs.append(_Run(row, seed, key, request, missing))
+                runs.append(Run(row, seed, key, request, missing))
     return runs
 
 
-def _submit(client: SynthRep, runs: Sequence[_Run]) -> None:
+def _submit(client: SynthRep, runs: Sequence[Run]) -> None:
     for run in runs:
         run.view = client.train(run.request, idempotency_key=f"compare-{run.key}")
         if run.view.state in ("failed", "paused", "cancelled"):
@@ -192,105 +155,23 @@ def _submit(client: SynthRep, runs: Sequence[_Run]) -> None:
 
 
 def _follow(
-    client: SynthRep, stack: Stack, runs: list[_Run], places: Places, config: Comparison, show: Show
+    client: SynthRep, stack: Stack, runs: list[Run], places: Places, config: Comparison, show: Show
 ) -> list[str]:
     """Until every run has its results or has failed; returns what failed, a sentence each."""
     left = list(runs)
     while left:
         stack.check()
         for run in left:
-            _advance(client, run)
+            advance(client, run)
             if run.is_over and not run.error:
-                _record(client, run, places, config)
+                record(client, run, places.folder / "curves", places.rows, config)
         left = [run for run in left if not run.is_over]
-        total = sum(_views(run, run.view.max_steps if run.view else 0) for run in runs)
-        done = sum(_views(run, run.view.step if run.view else 0) for run in runs)
+        total = sum(views_of(run, run.view.max_steps if run.view else 0) for run in runs)
+        done = sum(views_of(run, run.view.step if run.view else 0) for run in runs)
         show("views", done, total, f"{len(runs) - len(left)} of {len(runs)} runs are over")
         if left:
             time.sleep(_POLL_S)
     return [f"{run.row}, seed {run.seed}: {run.error}" for run in runs if run.error]
-
-
-def _views(run: _Run, steps: int) -> int:
-    images, crops = run.request.images_per_caption or 1, 1 + (run.request.objective == "simclr")
-    return steps * run.request.captions_per_batch * images * crops
-
-
-def _advance(client: SynthRep, run: _Run) -> None:
-    """One look at a run or its probes; starts the probes once it is trained."""
-    assert run.view is not None
-    if run.view.state != "completed":
-        run.view = client.run(run.view.id)
-        if run.view.state == "failed":
-            run.error = run.view.error or "failed"
-        elif run.view.state in ("paused", "cancelled"):
-            run.error = f"somebody stopped it: it is {run.view.state}"
-    elif not run.probes:
-        for name in run.sets:
-            run.probes[name] = _start_probe(client, run, run.view.id, name)
-    else:
-        for name, view in run.probes.items():
-            if view.state not in _ENDED:
-                run.probes[name] = client.probe(view.id)
-        bad = [p for p in run.probes.values() if p.state == "failed"]
-        if bad and run.is_over:
-            run.error = f"the probe on {bad[0].dataset} failed: {bad[0].error}"
-
-
-def _start_probe(client: SynthRep, run: _Run, run_id: str, name: str) -> ProbeView:
-    """The probe of an earlier invocation, unless it failed; else a new one."""
-    request = ProbeRequest(run_id=run_id, dataset=name)
-    for attempt in count():
-        key = f"compare-{run.key}-{name}-{attempt}"
-        view = client.start_probe(request, idempotency_key=key)
-        if view.state != "failed":
-            break
-    return view
-
-
-def _record(client: SynthRep, run: _Run, places: Places, config: Comparison) -> None:
-    """Append the results of a run, and of the baselines that its probes found beside it."""
-    assert run.view is not None
-    metrics = list(client.metrics(run.view.id))
-    seen = [0, *(m["images_seen"] for m in metrics)]
-    steps = zip(pairwise(seen), metrics, strict=True)
-    seconds = sum((b - a) / m["images_per_s"] for (a, b), m in steps if m["images_per_s"])
-    device = "GPU" if gpus_here() else "CPU"
-    cost = Cost(views=seen[-1], train_s=round(seconds, 1), device=device)
-    points = metrics[:: max(1, len(metrics) // _CURVE_POINTS)]
-    curve = {"row": run.row, "seed": run.seed,
-             "points": [(m["images_seen"], m["loss"]) for m in points]}  # fmt: skip
-    curves = places.folder / "curves"
-    curves.mkdir(exist_ok=True)
-    (curves / f"{run.key}.json").write_text(json.dumps(curve))
-    there = {(r.key, r.row, r.dataset) for r in read_rows(places.rows)}
-    rows = [
-        result
-        for view in run.probes.values()
-        for result in _results(run, view, config, cost)
-        if (result.key, result.row, result.dataset) not in there
-    ]
-    append_rows(places.rows, rows)
-
-
-def _results(run: _Run, view: ProbeView, config: Comparison, cost: Cost) -> list[ResultRow]:
-    shared: dict[str, Any] = {
-        "seed": run.seed, "dataset": view.dataset, "protocol": view.protocol,
-        "metric": view.metric, "n_test": view.n_test,
-        "class_sizes": [c["n_test"] for c in view.per_class or []],
-    }  # fmt: skip
-    found: dict[str, tuple[Any, ...]] = {run.row: (run.key, view.value, view.ci95, view.hits, cost)}
-    for name in BASELINES:
-        score = (view.baselines or {}).get(name.replace("-", "_"))
-        if score and name in config.rows:
-            key = config.baseline_key(name, run.seed)
-            found[name] = (key, score["value"], score["ci95"], score["hits"], None)
-    return [
-        ResultRow.model_validate(shared | {
-            "row": row, "key": key, "value": value, "ci95": ci95, "hits": hits, "cost": its_cost,
-        })
-        for row, (key, value, ci95, hits, its_cost) in found.items()
-    ]  # fmt: skip
 
 
 def results_of(

@@ -59,16 +59,16 @@ def test_rows_are_made_once_and_a_killed_comparison_goes_on(
     write_probe_set(tmp_path / "labelled" / "probe" / "stripes")
     monkeypatch.setenv("SYNTHREP_PROBE_DATA", str(tmp_path / "labelled"))
     places = Places(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path)
-    record = comparison._record
+    record = comparison.record
 
     def record_one(*arguments) -> None:
         record(*arguments)
         raise Killed
 
-    monkeypatch.setattr(comparison, "_record", record_one)
+    monkeypatch.setattr(comparison, "record", record_one)
     with pytest.raises(Killed):
         run_comparison(CONFIG, places, Console(file=io.StringIO()), FAKE)
-    monkeypatch.setattr(comparison, "_record", record)
+    monkeypatch.setattr(comparison, "record", record)
     first = places.rows.read_bytes()
     assert 0 < len(read_rows(places.rows)) < 4
 
