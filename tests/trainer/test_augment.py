@@ -132,7 +132,9 @@ def test_single_colour_changes_equal_those_of_torchvision(photo, factor):
         (module._change_saturation(photo, factor), TF.adjust_saturation(picture, factor), 1),
     ]
     for ours, theirs, tolerance in pairs:
-        assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= tolerance
+        difference = ours.astype(int) - np.asarray(theirs).astype(int)
+        assert np.abs(difference).max() <= tolerance
+        assert np.abs(difference).mean() < 0.25  # half a level where rounding differs throughout
 
 
 @pytest.mark.parametrize("steps", [-64, -25, -10, 0, 7, 25, 64])
