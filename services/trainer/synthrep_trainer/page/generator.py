@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +26,7 @@ from synthrep_trainer.settings import TrainerSettings
 T = TypeVar("T")
 _TIMEOUT_S = 5.0
 _FRESH_S = 0.9
-_MAX_REMEMBERED = 64
+_MAX_REMEMBERED = 512
 _MAX_DATASETS, _MAX_BATCHES, _MAX_WORKERS = 100, 5, 100
 _RECORDS_AT_ONCE = 20
 _MAX_LOOKS = 5
@@ -68,7 +69,7 @@ class Generator:
         self._settings = settings
         self._transport = transport or httpx.HTTPTransport()
         self._lock = threading.Lock()
-        self._remembered: OrderedDict[tuple[Any, ...], tuple[float, Any]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[Any, ...], _Look] = OrderedDict()
 
     def close(self) -> None:
         """Close the connections."""
@@ -126,9 +127,14 @@ class Generator:
                     if len(found) == limit:
                         return GroupPage(tuple(found), Place(seq, index + 1))
                     with suppress(ServiceError):  # one whose shard is gone hides no other
-                        found.append(client.group(groups[index]["gid"]))
+                        found.append(self._group(key, dataset, groups[index]["gid"]))
             start = Place(after + 1, 0)
         return GroupPage(tuple(found), start if start.seq > 1 else None)
+
+    def _group(self, key: str, dataset: DatasetView, gid: str) -> GroupView:
+        """A group; nothing about it ever changes but that it may be rejected."""
+        name = ("group", key, gid, dataset.rejected)
+        return self._fresh(name, float("inf"), lambda: self.client(key).group(gid))
 
     def _generation(self, key: str) -> Generation:
         client = self.client(key)
@@ -149,17 +155,43 @@ class Generator:
         )
 
     def _fresh(self, name: tuple[Any, ...], age_s: float, look: Callable[[], T]) -> T:
-        """What `look` gave lately under this name, of which the key is part."""
-        now = time.monotonic()
+        """What `look` gave lately under this name, of which the key is part.
+
+        Of those who ask at the same time one looks, and all get its answer, or its refusal.
+        """
         with self._lock:
             known = self._remembered.get(name)
-        if known is not None and now - known[0] < age_s:
-            found: T = known[1]
-            return found
-        found = look()
-        with self._lock:
-            self._remembered[name] = (now, found)
-            self._remembered.move_to_end(name)
-            while len(self._remembered) > _MAX_REMEMBERED:
-                self._remembered.popitem(last=False)
+            is_mine = known is None or known.is_older_than(age_s)
+            if known is None or is_mine:
+                known = self._remembered[name] = _Look()
+                self._remembered.move_to_end(name)
+                while len(self._remembered) > _MAX_REMEMBERED:
+                    self._remembered.popitem(last=False)
+        if is_mine:
+            known.take(look)
+        found: T = known.answer.result()
         return found
+
+
+class _Look:
+    """One look at the generator: under way, or done with an answer or an exception."""
+
+    def __init__(self) -> None:
+        self.answer: Future[Any] = Future()
+        self._ended = 0.0
+
+    def is_older_than(self, age_s: float) -> bool:
+        """Whether it has ended and is too old to be shown again; a failure always is."""
+        if not self.answer.done():
+            return False
+        return self.answer.exception() is not None or time.monotonic() - self._ended >= age_s
+
+    def take(self, look: Callable[[], Any]) -> None:
+        """Look, and tell all who wait."""
+        try:
+            answer = look()
+        except BaseException as error:
+            self.answer.set_exception(error)
+            return
+        self._ended = time.monotonic()
+        self.answer.set_result(answer)
