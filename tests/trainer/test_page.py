@@ -332,6 +332,18 @@ def test_a_generator_that_does_not_answer_takes_only_its_parts_away(make_page):
     assert "is the service running?" in answer.text
 
 
+def test_a_generator_that_does_not_answer_is_asked_once_for_all_parts(make_page, monkeypatch):
+    monkeypatch.setattr("synthrep_trainer.page.generator._FRESH_S", 60.0)
+    asked: list[str] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return no_answer(request)
+
+    make_page(transport=httpx.MockTransport(refuse)).get("/")
+    assert asked == ["/v1/datasets"]
+
+
 def test_a_page_that_is_not_there_says_so_on_a_page(page):
     answer = page.browser.get("/?run=absent")
     assert answer.status_code == 404

@@ -100,13 +100,14 @@ def test_viewers_who_ask_at_the_same_time_share_one_look(asked, generator, toget
     assert sorted(asked.paths) == ["/v1/batches", "/v1/datasets", "/v1/queue", "/v1/workers"]
 
 
-def test_viewers_share_a_refusal_and_the_next_one_asks_anew(asked, generator, together):
+def test_viewers_share_a_refusal_and_soon_one_asks_anew(asked, generator, together, monkeypatch):
     asked.status = 401
     found = together(lambda: generator.generation("key"))
     assert all(isinstance(answer, ServiceError) for answer in found)
     before = len(asked.paths)
     assert before < VIEWERS, "one look at a time"
     asked.status = 200
+    monkeypatch.setattr("synthrep_trainer.page.generator._FRESH_S", 0.0)
     assert generator.generation("key").queue is not None
     assert len(asked.paths) > before
 

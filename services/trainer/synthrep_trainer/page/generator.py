@@ -143,13 +143,15 @@ class Generator:
             answer = client.request("GET", f"{self.url}/v1/{path}", params={"limit": limit})
             return list(answer["items"])
 
+        # First what a generator without its Redis answers: without any answer, one wait is enough.
+        datasets, batches = items("datasets", _MAX_DATASETS), items("batches", _MAX_BATCHES)
         queue, workers = None, []
         with suppress(ServiceUnavailableError):
             queue = QueueView.model_validate(client.request("GET", f"{self.url}/v1/queue"))
             workers = items("workers", _MAX_WORKERS)
         return Generation(
-            datasets=tuple(map(DatasetView.model_validate, items("datasets", _MAX_DATASETS))),
-            batches=tuple(map(BatchView.model_validate, items("batches", _MAX_BATCHES))),
+            datasets=tuple(map(DatasetView.model_validate, datasets)),
+            batches=tuple(map(BatchView.model_validate, batches)),
             queue=queue,
             workers=tuple(map(WorkerView.model_validate, workers)),
         )
@@ -181,16 +183,19 @@ class _Look:
         self._ended = 0.0
 
     def is_older_than(self, age_s: float) -> bool:
-        """Whether it has ended and is too old to be shown again; a failure always is."""
+        """Whether it has ended and is too old to be shown again; a failure soon is."""
         if not self.answer.done():
             return False
-        return self.answer.exception() is not None or time.monotonic() - self._ended >= age_s
+        if self.answer.exception() is not None:
+            age_s = min(age_s, _FRESH_S)
+        return time.monotonic() - self._ended >= age_s
 
     def take(self, look: Callable[[], Any]) -> None:
         """Look, and tell all who wait."""
         try:
             answer = look()
         except BaseException as error:
+            self._ended = time.monotonic()
             self.answer.set_exception(error)
             return
         self._ended = time.monotonic()
