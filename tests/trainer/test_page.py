@@ -136,6 +136,9 @@ def test_everything_that_the_page_loads_is_its_own(page):
     for name, media_type in STATIC.items():
         answer = page.browser.get(f"/page/static/{name}")
         assert answer.headers["content-type"].startswith(media_type)
+        known = {"if-none-match": answer.headers["etag"]}
+        again = page.browser.get(f"/page/static/{name}", headers=known)
+        assert (again.status_code, again.content) == (304, b"")
     policy = page.browser.get("/").headers["content-security-policy"]
     assert "unsafe" not in policy
     assert not re.search(r"\sstyle=|<script>|<style", text)
@@ -211,7 +214,9 @@ def test_a_run_is_started_shown_stopped_and_resumed(page):
     assert "Loss from step 1 to 20: between 0.25 and 5, now 0.25" in text
     assert "Effective rank from step 10 to 20" in text
     assert "Learning rate" in text
-    assert "stops" in page.post(f"runs/{folder.id}/stop").text
+    answer = page.post(f"runs/{folder.id}/stop").text
+    assert "stops when" in answer
+    assert f"curl -X POST http://testserver/v1/runs/{folder.id}/stop" in answer
     assert "paused" in page.get("/page/parts/runs")
     assert "goes on" in page.post(f"runs/{folder.id}/resume").text
     assert "queued" in page.get("/page/parts/runs")

@@ -76,10 +76,15 @@ def preview(request: Request, viewer: ViewerDep, name: str, form: FormDep) -> HT
     except ValidationError as error:
         return html(render("unfinished.html", sentences=forms.problems(error.errors())))
     is_generators = name == "batches"
-    base = viewer.generator.public_url if is_generators else str(request.base_url).rstrip("/")
+    base = viewer.generator.public_url if is_generators else _base(request)
     key = viewer.keys.generator if is_generators else viewer.keys.trainer
     call = forms.curl(base + forms.FORMS[name][1], body=forms.body_of(asked), has_key=bool(key))
     return html(render("call.html", call=call))
+
+
+def _base(request: Request) -> str:
+    """The trainer's address as the browser has it."""
+    return str(request.base_url).rstrip("/")
 
 
 @router.post(PREFIX + "/batches", openapi_extra=needs("submit"))
@@ -103,14 +108,16 @@ def submit_run(context: ContextDep, caller: CallerDep, form: FormDep) -> HTMLRes
 
 
 @router.post(PREFIX + "/runs/{run_id}/{verb}", openapi_extra=needs("submit"))
-def control_run(viewer: ViewerDep, run_id: RunId, verb: str) -> HTMLResponse:
+def control_run(request: Request, viewer: ViewerDep, run_id: RunId, verb: str) -> HTMLResponse:
     """Stops a run, or goes on with it."""
     verbs = {"stop": routes_runs.stop, "resume": routes_runs.resume}
     if verb not in verbs:
         raise HTTPException(404, "a run can be stopped or resumed")
     view = verbs[verb](viewer.context, viewer.caller, run_id)
     told = "stops when its checkpoint is written" if verb == "stop" else "goes on in its turn"
-    return done(f"Run {view.id[:15]} {told}.")
+    url = f"{_base(request)}/v1/runs/{view.id}/{verb}"
+    call = forms.curl(url, has_key=bool(viewer.keys.trainer))
+    return done(f"Run {view.id[:15]} {told}.", call)
 
 
 @router.post(PREFIX + "/probes", openapi_extra=needs("probe"))

@@ -34,15 +34,15 @@ def html(body: str, status: int = 200) -> HTMLResponse:
     return HTMLResponse(body, status, headers=_HEADERS)
 
 
-def done(sentence: str) -> HTMLResponse:
-    """What a form is answered when it worked."""
-    return html(render("notice.html", sentences=[sentence], is_problem=False))
+def done(sentence: str, call: str = "") -> HTMLResponse:
+    """What a form is answered when it worked, with the command that does the same."""
+    return html(render("notice.html", sentences=[sentence], call=call, is_problem=False))
 
 
 def _problem(request: Request, status: int, sentences: list[str]) -> HTMLResponse:
     """A refusal: for its place on the page, or as a page where the browser went there."""
     template = "notice.html" if "hx-request" in request.headers else "refusal.html"
-    return html(render(template, sentences=sentences, is_problem=True), status)
+    return html(render(template, sentences=sentences, call="", is_problem=True), status)
 
 
 class _HtmlRoute(APIRoute):

@@ -6,8 +6,10 @@ that no other site can send.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import resources
 from typing import get_args
 from urllib.parse import parse_qs
@@ -93,12 +95,21 @@ def _sheet(viewer: Viewer, choice: Choice) -> HTMLResponse:
 
 
 @router.get(PREFIX + "/static/{name}", openapi_extra=NEEDS_NO_KEY)
-def static(name: str) -> Response:
+def static(request: Request, name: str) -> Response:
     """The style, the icon and the scripts that travel with the package."""
     if name not in STATIC:
         raise HTTPException(404, "there is no such file")
+    data, tag = _static_file(name)
+    headers = {"cache-control": "no-cache", "etag": tag}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(data, media_type=STATIC[name], headers=headers)
+
+
+@cache
+def _static_file(name: str) -> tuple[bytes, str]:
     data = (resources.files(__package__) / "static" / name).read_bytes()
-    return Response(data, media_type=STATIC[name], headers={"cache-control": "no-cache"})
+    return data, f'"{hashlib.sha256(data).hexdigest()[:16]}"'
 
 
 @router.get(PREFIX + "/session", openapi_extra=NEEDS_NO_KEY)
