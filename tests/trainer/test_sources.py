@@ -31,7 +31,7 @@ from synthrep_trainer.recorder import RunRecorder
 from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
 from synthrep_trainer.shard_stream import ShardStream
-from synthrep_trainer.sources import event_names, open_dataset
+from synthrep_trainer.sources import check_source, event_names, open_dataset
 
 KEY = "key of the generator"
 LIMIT_S = 20.0
@@ -284,6 +284,13 @@ def test_a_key_is_sent_to_no_other_generator(generator, shard_maker, follow, mon
         time.sleep(0.2)
     assert generator.seen
     assert not any(b"authorization" in headers for _, headers in generator.seen)
+
+
+def test_the_generator_of_the_settings_may_be_asked(settings):
+    own = settings.model_copy(update={"allowed_sources": (), "generator_url": "http://own:8000"})
+    check_source("http://own:8000", own)
+    with pytest.raises(RunError, match="not among the allowed"):
+        check_source("http://other:8000", own)
 
 
 @pytest.mark.parametrize(
