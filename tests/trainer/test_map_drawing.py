@@ -7,6 +7,7 @@ import pytest
 
 from synthrep_shared.commit_log import LogReader
 from synthrep_shared.messages import RunRequest
+from synthrep_trainer.admissions import Admission, AdmissionJournal
 from synthrep_trainer.checkpoint_folders import (
     FileEntry,
     Manifest,
@@ -149,3 +150,20 @@ def test_a_group_shows_four_images_at_most(shard_maker, draw, checkpoint_at):
     assert [(image.group, image.image) for image in drawn.images] == [
         (group, image) for group in range(2) for image in range(4)
     ]
+
+
+@pytest.mark.s3
+def test_of_a_long_log_in_a_store_only_the_newest_records_are_fetched(
+    shard_maker, store_root, tmp_path
+):
+    maker = type(shard_maker)(store_root)
+    for _ in range(5):
+        maker.commit(1)
+    settings = TrainerSettings(root=store_root, runs=tmp_path / "runs", map_images=24)
+    run = Workplace(settings.runs).submit_run(RunRequest(dataset="birds", max_steps=9))
+    journal = AdmissionJournal(run.path / "admissions.jsonl", is_writer=True)
+    journal.append(Admission(window=0, seq=203, step=0, log=""))
+    manifest = Manifest(step=1, created_at="2026-01-01T00:00:00Z", files={})
+    checkpoint = open_checkpoint(publish_checkpoint(run.checkpoints, {}, manifest))
+    drawn = draw_feature_map(run, checkpoint, mean_colour, image_px=16, settings=settings)
+    assert {group.caption for group in drawn.groups} == {"bird number 3", "bird number 4"}

@@ -21,6 +21,7 @@ from jaxtyping import Float32, UInt8
 from synthrep_shared.commit_log import CommitRecord, GroupRef, LogReader
 from synthrep_shared.errors import StorageError
 from synthrep_shared.shard_copies import ShardCopies
+from synthrep_trainer.admissions import AdmissionJournal
 from synthrep_trainer.augment import AugmentConfig, augment
 from synthrep_trainer.batches import UNDECODABLE, decode
 from synthrep_trainer.checkpoint_folders import CheckpointFolder
@@ -49,6 +50,8 @@ from synthrep_trainer.sources import open_dataset
 
 _log = logging.getLogger(__name__)
 _MAX_SHARDS = 16
+_RECORDS_BACK = 200  # a rejection stands behind what it takes back
+_READ_BYTES = 1 << 20
 _IMAGES_PER_GROUP = 4
 _NEIGHBOURS = 8
 _IMAGES_PER_PASS = 64
@@ -97,6 +100,9 @@ def draw_feature_map(
         record.request, run.path, settings, is_writer=False, should_stop=lambda: True
     )
     with place as (dataset, reader):
+        # A store has an object a record: only those about where the run reads are fetched.
+        seen = AdmissionJournal(run.path / "admissions.jsonl", is_writer=False).last_seq
+        reader.seek(max(0, seen - _RECORDS_BACK))
         copies = ShardCopies(dataset, max_bytes=settings.copy_bytes)
         chosen = choose(reader, held_out=record.held_out, max_images=settings.map_images)
         for shard, choices in chosen:
@@ -119,7 +125,7 @@ def choose(
     """
     shards: deque[CommitRecord] = deque(maxlen=_MAX_SHARDS)
     rejected: set[str] = set()
-    while records := reader.poll():
+    while records := reader.poll(_READ_BYTES):
         for record in records:
             if record.kind == "shard":
                 shards.append(record)
