@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data.paths import path_s, read_s, write_shard
-from benchmarks.harness import PEER_PYTHON, Dose, Measured, case, in_process, interleave
+from benchmarks.harness import (
+    PEER_PYTHON,
+    Dose,
+    Measured,
+    PeerAbsentError,
+    case,
+    in_process,
+    interleave,
+)
 
 _UNIT = "us/image"
 _TORCHVISION = "webdataset, PIL and torchvision v1"
+_DALI = "nvidia-dali-cuda120, jitter by a matrix"
+_SPDL = "spdl with FFmpeg 5.1"
 _ALBUMENTATIONS = "webdataset, simplejpeg and albumentationsx"
 
 
@@ -47,6 +57,26 @@ def uint8_views(dose: Dose) -> Measured:
     """Less work than the peer's: ours leaves normalising to the device."""
     found = _compare(dose, path_s, "uint8", "torchvision")
     return Measured(found.ours, found.peer, found.rounds, "less work: the peer also normalises")
+
+
+@case("float views, DALI on a CPU", unit=_UNIT, peer=_DALI, higher_is_better=False)
+def float_views_of_dali(dose: Dose) -> Measured:
+    """Its jitter is one matrix and its blur another; it decodes only what it crops."""
+    return _compare(dose, path_s, "float", "dali")
+
+
+@case("uint8 crops", unit=_UNIT, peer=_SPDL, higher_is_better=False)
+def crops(dose: Dose) -> Measured:
+    """Decode, random resized crop and flip: what both can do."""
+    return _compare(dose, path_s, "crops", "spdl")
+
+
+@case("float views, FFCV", unit=_UNIT, peer="FFCV", higher_is_better=False)
+def float_views_of_ffcv(dose: Dose) -> Measured:
+    """Not measured."""
+    raise PeerAbsentError(
+        "a source distribution alone, which wants a compiler, OpenCV by pkg-config and libturbojpeg"
+    )
 
 
 @case("groups from tar", unit=_UNIT, peer="webdataset", higher_is_better=False, min_ratio=6.0)

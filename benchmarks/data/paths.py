@@ -13,17 +13,19 @@ import json
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.data import rivals
+from benchmarks.data.rivals import MEAN, SCALE, STD, VIEW_PX
+
 IMAGES = 10
 _SIDE_PX = 256
-_VIEW_PX = 224
-_GROUPS_PER_BATCH = 6
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_GROUPS_PER_BATCH = rivals.BATCH // IMAGES
 Group = tuple[str, list[bytes]]
 View = Callable[[bytes, int], Any]
 
@@ -65,8 +67,9 @@ def path_s(name: str, shard: str, groups: int) -> float:
     if name in ("torchvision", "albumentationsx"):
         view = _torchvision() if name == "torchvision" else _albumentationsx()
         return _timed(lambda: _batches(_webdataset(shard), view), groups)
-    is_float = name == "float"
-    return _timed(lambda: _our_batches(shard, groups, is_float=is_float), groups)
+    if name in ("dali", "spdl"):
+        return _timed(getattr(rivals, name)(shard, groups * IMAGES), groups)
+    return _timed(lambda: _our_batches(shard, groups, name), groups)
 
 
 def _consume(found: Iterator[object]) -> None:
@@ -136,23 +139,28 @@ def _shard_files(shard: str, layout: Any, groups: int) -> Iterator[tuple[str, li
         yield read_caption(path, layout, group), images
 
 
-def _our_batches(shard: str, groups: int, *, is_float: bool) -> None:
+def _our_batches(shard: str, groups: int, name: str) -> None:
+    """Views in float, in uint8, or crops, which are uint8 views without jitter, grey and blur."""
     from synthrep_trainer.augment import AugmentConfig, augment, normalise, use_one_thread
     from synthrep_trainer.batches import decode
 
     use_one_thread()
-    config = AugmentConfig(image_size_px=_VIEW_PX)
+    config = AugmentConfig(image_size_px=VIEW_PX)
+    if name == "crops":
+        config = replace(
+            config, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
+        )
     found = _shard_files(shard, _layout(shard, groups), groups)
     for step in itertools.count():
         drawn = list(itertools.islice(found, _GROUPS_PER_BATCH))
         if not drawn:
             return
         images = [image for _, group in drawn for image in group]
-        pixels = np.empty((len(images), _VIEW_PX, _VIEW_PX, 3), dtype=np.uint8)
+        pixels = np.empty((len(images), VIEW_PX, VIEW_PX, 3), dtype=np.uint8)
         for row, image in enumerate(images):
             pixels[row] = augment(decode(image), config, seed=(0, step, row, 0))
         batch = torch.from_numpy(pixels)
-        if is_float:
+        if name == "float":
             normalise(batch)
 
 
@@ -180,15 +188,13 @@ def _torchvision() -> View:
 
     steps = T.Compose(
         [
-            T.RandomResizedCrop(
-                _VIEW_PX, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC
-            ),
+            T.RandomResizedCrop(VIEW_PX, scale=SCALE, interpolation=T.InterpolationMode.BICUBIC),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             T.RandomGrayscale(0.2),
             T.RandomApply([Blur()], p=0.5),
             T.RandomHorizontalFlip(),
             T.ToTensor(),
-            T.Normalize(_MEAN, _STD),
+            T.Normalize(MEAN, STD),
         ]
     )
     return lambda data, seed: steps(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -202,14 +208,12 @@ def _albumentationsx() -> View:
     cv2.setNumThreads(0)
     steps = A.Compose(
         [
-            A.RandomResizedCrop(
-                (_VIEW_PX, _VIEW_PX), scale=(0.08, 1.0), interpolation=cv2.INTER_CUBIC
-            ),
+            A.RandomResizedCrop((VIEW_PX, VIEW_PX), scale=SCALE, interpolation=cv2.INTER_CUBIC),
             A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=0.8),
             A.ToGray(p=0.2),
             A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5),
             A.HorizontalFlip(p=0.5),
-            A.Normalize(_MEAN, _STD),
+            A.Normalize(MEAN, STD),
         ]
     )
 
