@@ -33,6 +33,7 @@ from synthrep_trainer.objectives import (
 )
 from synthrep_trainer.parallel import local
 from synthrep_trainer.schedules import Rates
+from synthrep_trainer.teacher_losses import sinkhorn
 from synthrep_trainer.text_tokens import encode_captions
 
 OBJECTIVES = ("stablerep", "stablerep+", "simclr", "clip", "synclr")
@@ -151,9 +152,10 @@ def slow_synclr(objective, features, ids, targets):
         loss = loss + slow_loss(rows, ids, targets.embeddings, ids, 1 / 0.2, skips_own=False) / 2
     unit = F.normalize(objective.patch_head.mlp(features.patches), dim=1)
     logits = unit @ F.normalize(objective.patch_head.prototypes, dim=1).T / 0.1
+    shares = targets.assignments.shares(slice(None)).double()
     masked = [
         -(target * (row - row.logsumexp(0))).sum()
-        for row, target in zip(logits, targets.assignments, strict=True)
+        for row, target in zip(logits, shares, strict=True)
     ]
     return loss + torch.stack(masked).mean()
 
@@ -183,8 +185,10 @@ def draw_features(name):
         rows(24, 128) if is_synclr else None,
         rows(10, 128) if is_synclr else None,
     )
-    targets = Targets(rows(12, 8), torch.softmax(3 * rows(10, 12), dim=1)) if is_synclr else None
-    return features, targets
+    if not is_synclr:
+        return features, None
+    tokens, prototypes = (F.normalize(rows(count, 8), dim=1) for count in (10, 12))
+    return features, Targets(rows(12, 8), sinkhorn(tokens, prototypes, 0.1))
 
 
 def assert_equal_gradients(found, expected, tolerance=1e-5):
@@ -203,10 +207,9 @@ def test_value_and_gradients_equal_the_obvious_way(name):
     ids = make_batch(name).caption_ids
     loss = objective(features, ids, targets).loss
     loss.backward()
-    features, targets = (
-        found and type(found)._make(None if t is None else t.double() for t in found)
-        for found in (features, targets)
-    )
+    features = Features._make(None if t is None else t.double() for t in features)
+    if targets is not None:
+        targets = targets._replace(embeddings=targets.embeddings.double())
     expected = slow(name, precise, features, ids, targets)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

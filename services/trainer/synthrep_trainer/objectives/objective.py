@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from synthrep_trainer.augment import normalise
 from synthrep_trainer.encoder import Encoder
+from synthrep_trainer.teacher_losses import Assignments
 from synthrep_trainer.text_tower import TextTower
 
 
@@ -60,7 +61,8 @@ class Targets(NamedTuple):
     """What a teacher says of a batch, without gradient."""
 
     embeddings: Float[Tensor, "batch dim"]
-    assignments: Float[Tensor, "masked prototypes"]
+    assignments: Assignments
+    """Of the masked patches."""
 
 
 class Outcome(NamedTuple):

@@ -6,8 +6,7 @@ The student's embedding (projector, predictor) of a view is drawn to the average
 embeddings (projector) of the other images of its caption; its own image is left out for global
 views and stays for crops, as published. Half of the images have half of their patches hidden from
 the student, who has to name the teacher's assignment of them to prototypes. The teacher sees whole
-global views only. Sizes are those of the paper divided for a CPU unless configured: with 65,536
-prototypes the logits of all masked patches of a large batch need many devices.
+global views only. Sizes are those of the paper divided for a CPU unless configured.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from synthrep_trainer.teacher_losses import (
 )
 
 _STUDENT_TEMPERATURE = 0.1  # of the masked modelling
+_WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ class SynCLR(Objective):
         temperature = linear(
             step - 1, start=first, end=last, num_steps=self.config.teacher_warmup_steps
         )
-        logits = heads["patch_head"](features.patches)
-        with in_fp32(logits):
-            assignments = sinkhorn(logits, temperature, self.config.sinkhorn_iterations)
+        tokens, prototypes = heads["patch_head"](features.patches)
+        assignments = sinkhorn(tokens, prototypes, temperature, self.config.sinkhorn_iterations)
         return Targets(heads["projector"](features.images), assignments)
 
     def forward(
@@ -138,11 +137,10 @@ class SynCLR(Objective):
             terms["crop_loss"] = self._contrast(
                 crops, crop_ids, targets, caption_ids, is_same_image=False
             )
-        logits = self.patch_head(features.patches)
-        with in_fp32(logits):
-            terms["masked_loss"] = masked_token_loss(
-                logits, targets.assignments, _STUDENT_TEMPERATURE
-            )
+        tokens, prototypes = self.patch_head(features.patches)
+        terms["masked_loss"] = masked_token_loss(
+            tokens, prototypes, targets.assignments, _STUDENT_TEMPERATURE
+        )
         loss = torch.stack(list(terms.values())).sum()
         return Outcome(loss, embeddings, {name: term.detach() for name, term in terms.items()})
 
@@ -182,25 +180,25 @@ class SynCLR(Objective):
 
 
 class _PatchHead(nn.Module):
-    """The head of DINO: an MLP to unit vectors, and their cosines with unit prototypes."""
+    """The head of DINO: an MLP to unit vectors, and unit prototypes that are compared to them."""
 
     def __init__(self, width: int, config: SynclrConfig) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, config.patch_hidden),
+            _linear(width, config.patch_hidden),
             nn.GELU(),
-            nn.Linear(config.patch_hidden, config.patch_hidden),
+            _linear(config.patch_hidden, config.patch_hidden),
             nn.GELU(),
-            nn.Linear(config.patch_hidden, config.bottleneck),
+            _linear(config.patch_hidden, config.bottleneck),
         )
         self.prototypes = nn.Parameter(torch.randn(config.prototypes, config.bottleneck))
 
     def forward(
         self, patches: Float[Tensor, "masked features"]
-    ) -> Float[Tensor, "masked prototypes"]:
-        """Cosines, which are the logits of all prototypes."""
-        unit = F.normalize(self.mlp(patches), dim=1)
-        return F.linear(unit, F.normalize(self.prototypes, dim=1))
+    ) -> tuple[Float[Tensor, "masked bottleneck"], Float[Tensor, "prototypes bottleneck"]]:
+        """Unit vectors of the patches, and the prototypes; cosines of the two are logits."""
+        unit = F.normalize(self.mlp(patches).float(), dim=1)
+        return unit, F.normalize(self.prototypes, dim=1)
 
 
 def _mlp(width: int, hidden: int, dim: int, *, num_layers: int) -> nn.Sequential:
@@ -209,7 +207,19 @@ def _mlp(width: int, hidden: int, dim: int, *, num_layers: int) -> nn.Sequential
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(widths)):
         is_last = index == num_layers - 1
-        layers += [nn.Linear(before, after), nn.LayerNorm(after, elementwise_affine=not is_last)]
+        layers += [
+            _linear(before, after, bias=not is_last),
+            nn.LayerNorm(after, elementwise_affine=not is_last),
+        ]
         if not is_last:
             layers.append(nn.GELU())
     return nn.Sequential(*layers)
+
+
+def _linear(before: int, after: int, *, bias: bool = True) -> nn.Linear:
+    """As the published code begins: without a bias, which would make all tokens alike at first."""
+    layer = nn.Linear(before, after, bias=bias)
+    nn.init.trunc_normal_(layer.weight, std=_WEIGHT_STD)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
