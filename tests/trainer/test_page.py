@@ -381,6 +381,15 @@ def test_captions_and_errors_are_text_wherever_they_show(page):
     assert "failed: &lt;script&gt;" in shown[0]
 
 
+def test_one_look_lists_the_runs_once(page, monkeypatch):
+    page.post("runs", dataset="birds", max_steps="30")
+    listed: list[Workplace] = []
+    real = Workplace.runs
+    monkeypatch.setattr(Workplace, "runs", lambda self: listed.append(self) or real(self))
+    assert "queued" in page.get("/")
+    assert len(listed) == 1
+
+
 def follow(page: Page, num_rounds: int) -> list[list[str]]:
     """Names of what the stream sends, a list for each look."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, Header, HTTPException, Path, Query, Request
+from fastapi import Depends, Header, HTTPException, Query, Request
+from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
@@ -25,8 +28,8 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Most items in one a
 Cursor = Annotated[
     str | None, Query(max_length=128, description="`next_cursor` of the answer before")
 ]
-RunId = Annotated[str, Path(max_length=128, description="Id of a run")]
-ProbeId = Annotated[str, Path(max_length=128, description="Id of a probe")]
+RunId = Annotated[str, InPath(max_length=128, description="Id of a run")]
+ProbeId = Annotated[str, InPath(max_length=128, description="Id of a probe")]
 F = TypeVar("F", RunFolder, ProbeFolder)
 IdempotencyKey = Annotated[
     str | None,
@@ -52,7 +55,7 @@ class Context:
         """Those of the folders that are the caller's; an unreadable one is an admin's."""
         if caller.is_admin:
             return list(folders)
-        owners = readable(lambda folder: (folder, folder.record.owner), folders)
+        owners = readable(lambda folder: (folder, _owner_of(folder)), folders)
         return [folder for folder, owner in owners if caller.owns(owner)]
 
     def run(self, caller: Principal, run_id: str) -> RunFolder:
@@ -87,6 +90,17 @@ class Context:
         if found is None or not caller.owns(found.record.owner):
             raise not_found("probe")
         return found
+
+
+def _owner_of(folder: RunFolder | ProbeFolder) -> str:
+    # mypy takes the __hash__ of instances for that of their class.
+    return _owner(type(folder), str(folder.path))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1 << 16)
+def _owner(kind: type[RunFolder | ProbeFolder], path: str) -> str:
+    """Whose request it is, which never changes; raises ValidationError."""
+    return kind(Path(path)).record.owner
 
 
 async def authorise(request: Request) -> None:

@@ -294,5 +294,6 @@ def _find(folder: Path, name: str, kind: type[W]) -> W | None:
 def _list(folder: Path, kind: type[W]) -> list[W]:
     if not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in os.scandir(folder) if is_id(entry.name))
-    return [kind(folder / name) for name in names if (folder / name / "request.json").exists()]
+    entries = (entry for entry in os.scandir(folder) if is_id(entry.name))
+    names = sorted(e.name for e in entries if os.path.exists(f"{e.path}/request.json"))
+    return [kind(folder / name) for name in names]

@@ -168,8 +168,9 @@ async def events(viewer: ViewerDep, choice: ChoiceDep) -> AsyncIterator[ServerSe
     shown: dict[str, str] = {}
     while True:
         yield ServerSentEvent(event="clock", raw_data=clock(datetime.now(UTC)))
+        now = viewer.again()
         for name, make in PARTS.items():
-            html = await run_sync(_made, make, viewer, choice)
+            html = await run_sync(_made, make, now, choice)
             if html is not None and html != shown.get(name):
                 shown[name] = html
                 yield ServerSentEvent(event=name, raw_data=html)

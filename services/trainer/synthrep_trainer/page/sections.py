@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from synthrep_trainer.page.figures import curve, thinned_metrics
 from synthrep_trainer.page.generator import Generation, Generator, GroupPage, Place
 from synthrep_trainer.page.probe_charts import charts, judged_by
 from synthrep_trainer.page.rendering import render
+from synthrep_trainer.runs import RunFolder
 from synthrep_trainer.views import probe_view, run_view
 
 _RUNS_SHOWN = 6
@@ -68,7 +70,7 @@ class Absence(NamedTuple):
 
 @dataclass(frozen=True)
 class Viewer:
-    """Who looks, and what there is to look at."""
+    """Who looks at one moment, and what there is to look at, looked up once."""
 
     context: Context
     generator: Generator
@@ -86,11 +88,26 @@ class Viewer:
         except RunError as error:
             return None, Absence(str(error), is_locked=False)
 
-    def runs(self, cursor: str | None = None) -> tuple[list[RunView], str | None]:
-        """A page of the viewer's runs, the newest first."""
-        folders = self.context.owned(self.caller, self.context.place.runs())
-        shown, older = newest_first(folders, cursor, _RUNS_SHOWN)
+    def again(self) -> Viewer:
+        """The same at the next moment."""
+        return replace(self)
+
+    @cached_property
+    def run_folders(self) -> list[RunFolder]:
+        """The viewer's runs, the oldest first."""
+        return self.context.owned(self.caller, self.context.place.runs())
+
+    @cached_property
+    def _newest_runs(self) -> tuple[list[RunView], str | None]:
+        return self._runs(None)
+
+    def _runs(self, cursor: str | None) -> tuple[list[RunView], str | None]:
+        shown, older = newest_first(self.run_folders, cursor, _RUNS_SHOWN)
         return readable(run_view, shown), older
+
+    def runs(self, cursor: str | None = None) -> tuple[list[RunView], str | None]:
+        """A page of the viewer's runs, the newest first, and where the next one begins."""
+        return self._newest_runs if cursor is None else self._runs(cursor)
 
     def picked_run(self, choice: Choice) -> RunView | None:
         """The run that is chosen, or the newest."""
@@ -205,8 +222,7 @@ def feature_map(viewer: Viewer, choice: Choice) -> str:
 
 def neighbours(viewer: Viewer, gid: str) -> str:
     """The images of other captions nearest to a group's, by the newest run whose map has it."""
-    folders = viewer.context.owned(viewer.caller, viewer.context.place.runs())
-    shown, _ = newest_first(folders, None, _RUNS_SHOWN)
+    shown, _ = newest_first(viewer.run_folders, None, _RUNS_SHOWN)
     for found in filter(None, (read_feature_map(folder.path) for folder in shown)):
         if near := found.neighbours(gid, _NEIGHBOURS_SHOWN):
             return render("neighbours.html", neighbours=near, step=found.step)
