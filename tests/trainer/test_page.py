@@ -314,6 +314,26 @@ def test_a_generator_with_another_key_gets_that_one(tmp_path):
             assert "does not know" not in browser.get("/page/parts/overview").text
 
 
+def test_an_open_trainer_asks_for_the_key_of_its_generator(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    keys = [{"name": "ann", "key": "ann"}]
+    generator = GeneratorSettings.model_validate({"root": root, "api_keys": keys})
+    trainer = TrainerSettings(root=root, runs=tmp_path / "runs", generator_url=URL)
+    with (
+        TestClient(create_generator(generator), base_url=URL) as service,
+        TestClient(create_app(trainer, generator=transport_to(service))) as browser,
+    ):
+        assert 'href="/page/session"' in browser.get("/").text
+        form = browser.get("/page/session").text
+        assert 'name="generator_key"' in form
+        assert 'name="key"' not in form
+        browser.post("/page/session", data={"generator_key": "ann"}, headers=BY_PAGE)
+        text = browser.get("/").text
+        assert "does not know" not in text
+        assert "Sign out" in text
+
+
 def test_an_expired_key_leads_back_to_the_question_for_it(make_page):
     page = make_page(api_keys=[{"name": "ann", "key": KEY}])
     answer = page.post("batches", dataset="birds", prompts="a bird")
