@@ -159,6 +159,15 @@ def test_groups_come_newest_first_a_page_at_a_time(page):
     assert [int(number) for numbers in seen for number in numbers] == list(range(14, -1, -1))
 
 
+def test_many_data_sets_are_picked_from_a_list(page):
+    for number in range(7):
+        ShardMaker(page.root, f"birds-{number}").commit(1, captions=[f"a bird of {number}"])
+    text = page.get("/?dataset=birds-3")
+    assert "<option selected>birds-3</option>" in text
+    assert "a bird of 3" in text
+    assert 'aria-label="Data sets"' not in text
+
+
 def test_a_long_log_is_read_a_page_at_a_time(page, monkeypatch):
     monkeypatch.setattr("synthrep_trainer.page.generator._RECORDS_AT_ONCE", 2)
     maker = ShardMaker(page.root)

@@ -26,7 +26,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for make in (number, count, percent, ratio, size, duration, clock, date):
+    for make in (number, count, counted, percent, ratio, size, duration, clock, date):
         environment.filters[make.__name__] = make
     return environment
 
@@ -39,6 +39,11 @@ def number(value: float | None) -> str:
 def count(value: int | None) -> str:
     """With a narrow space between thousands."""
     return _NOTHING if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def counted(value: int, noun: str) -> str:
+    """So many of something: `1 image`, `2 images`."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def percent(fraction: float, unit: str = " %") -> str:

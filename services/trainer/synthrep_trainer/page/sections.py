@@ -35,6 +35,7 @@ _PROBES_READ = 200
 _WAITING_SHOWN = 8
 _WORKERS_SHOWN = 8
 _GROUPS_SHOWN = 12
+_LINKS_SHOWN = 6
 _NEIGHBOURS_SHOWN = 8
 _CURVES = (
     ("loss", "Loss"),
@@ -189,6 +190,7 @@ def images(viewer: Viewer, choice: Choice) -> str:
     return render(
         "images.html",
         datasets=generation.datasets if generation else (),
+        max_links=_LINKS_SHOWN,
         dataset=dataset,
         page=page,
         is_absent=absence is not None,
