@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 
 import pytest
@@ -61,10 +62,17 @@ def test_a_rate_that_is_left_open_suits_the_objective():
 
 
 def test_synclr_averages_longer_and_longer_and_decay_may_rise():
-    run = record(objective="synclr", weight_decay=0.04, final_weight_decay=0.2)
-    rates = [recipe.rates(run, step) for step in (1, 51, 101)]
+    run = record(objective="synclr", max_steps=4000, weight_decay=0.04, final_weight_decay=0.2)
+    rates = [recipe.rates(run, step) for step in (1, 2001, 4001)]
     assert [r.ema_decay for r in rates] == pytest.approx([0.994, 0.997, 1.0])
     assert [r.weight_decay for r in rates] == pytest.approx([0.04, 0.12, 0.2])
+
+
+@pytest.mark.parametrize("max_steps", [1, 30, 50, 1000, 10_000])
+def test_the_average_of_a_finished_synclr_run_has_forgotten_its_first_weights(max_steps):
+    run = record(objective="synclr", max_steps=max_steps)
+    kept = math.prod(recipe.rates(run, step).ema_decay for step in range(1, max_steps + 1))
+    assert kept < 1e-4
 
 
 def test_a_moving_average_keeps_its_decay_unless_told_otherwise():

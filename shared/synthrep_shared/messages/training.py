@@ -110,7 +110,7 @@ class RunRequest(Request):
     """Chance that a view loses resolution first; 0.05 in the paper's variant."""
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
     """Decay of a moving average of the weights, which probes then judge; None: there is none, of
-    synclr 0.994."""
+    synclr 0.994, and less where the run is shorter than 3,333 steps."""
     ema_final_decay: float | None = Field(default=None, ge=0, le=1)
     """What that decay becomes along a cosine; None: it stays, of synclr 1."""
     max_grad_norm: float | None = Field(default=None, gt=0)
