@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.harness import ROOT, write_json
 from benchmarks.scale.fleet import Setup, measure
 from benchmarks.scale.log_costs import measure_log
+from benchmarks.scale.page import measure_page
 
 RESULTS = ROOT / "benchmarks" / "scale" / "results.json"
 _JOB_S = 20.0  # of device work; jobs are cut for 5 to 30 s
@@ -23,6 +24,7 @@ _SETUPS = [
     Setup(1000, 1_000_000, 160, _JOB_S),
 ]
 _LOGS = (10_000, 100_000, 1_000_000, 10_000_000)
+_PAGES, _VIEWERS = (1_000_000,), 10
 
 
 def main() -> int:
@@ -42,7 +44,11 @@ def main() -> int:
 
 def _points() -> dict[str, Callable[[], dict[str, Any]]]:
     fleets = {setup.name: partial(_measure, setup) for setup in _SETUPS}
-    return fleets | {f"log of {n} captions": partial(measure_log, n) for n in _LOGS}
+    return {
+        **fleets,
+        **{f"log of {n} captions": partial(measure_log, n) for n in _LOGS},
+        **{f"page over {n} captions": partial(measure_page, n, _VIEWERS) for n in _PAGES},
+    }
 
 
 def _measure(setup: Setup) -> dict[str, Any]:
