@@ -42,7 +42,8 @@ class Calls:
         )
         self.trainer_url = trainer_url or os.environ.get("SYNTHREP_TRAINER_URL", TRAINER_URL)
         key = os.environ.get("SYNTHREP_API_KEY") if api_key is None else api_key
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._headers = httpx.Headers(headers, encoding="utf-8")
         self._retries = retries
         self._timeout_s = timeout_s
 

@@ -34,7 +34,7 @@ from .conftest import ShardMaker
 
 URL = "http://generator:8000"
 BY_PAGE = {"hx-request": "true"}
-KEY = "a key: with +signs"
+KEY = "a key: with +signs, ключ"
 
 
 def transport_to(service: TestClient) -> httpx.MockTransport:
@@ -44,7 +44,7 @@ def transport_to(service: TestClient) -> httpx.MockTransport:
         answer = service.request(
             request.method,
             str(request.url),
-            headers=dict(request.headers),
+            headers=request.headers.raw,
             content=request.content,
         )
         return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import pytest
 
-from synthrep_shared.errors import ServiceError
+from synthrep_shared.errors import ServiceError, ServiceUnavailableError
 from synthrep_shared.messages import DatasetView
 from synthrep_trainer.page.generator import Generator
 from synthrep_trainer.settings import TrainerSettings
@@ -63,6 +63,40 @@ def generator(asked):
     made = Generator(TrainerSettings(generator_url=URL), httpx.MockTransport(asked))
     yield made
     made.close()
+
+
+NONSENSE = ["<html>", "[1]", "{}", '{"items": [1]}', '{"items": null}', "[" * 100_000, "\0"]
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_an_answer_that_is_no_generators_is_none(text):
+    def speak(_request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=text)
+
+    made = Generator(TrainerSettings(generator_url=URL), httpx.MockTransport(speak))
+    for look in (lambda: made.generation(""), lambda: made.groups("", dataset(3), None, 3)):
+        with pytest.raises(ServiceError, match="no generator answers there"):
+            look()
+
+
+def test_a_generator_that_stops_answering_is_not_asked_for_every_group(asked):
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.status = 503 if "/groups/" in request.url.path else 200
+        return asked(request)
+
+    made = Generator(TrainerSettings(generator_url=URL), httpx.MockTransport(answer))
+    with pytest.raises(ServiceUnavailableError):
+        made.newest_groups("key", dataset(9), 3)
+    assert sum("/groups/" in path for path in asked.paths) == 1
+
+
+def test_a_key_may_have_any_letters(asked):
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers.raw[-1] == (b"authorization", "Bearer ключ".encode())
+        return asked(request)
+
+    made = Generator(TrainerSettings(generator_url=URL), httpx.MockTransport(answer))
+    assert made.generation("ключ").queue is not None
 
 
 def dataset(last_seq: int, rejected: int = 0) -> DatasetView:

@@ -34,8 +34,7 @@ router = make_router()
 @router.get(PREFIX + "/groups/{gid}", openapi_extra=needs("read"))
 def group(viewer: ViewerDep, gid: GroupId) -> HTMLResponse:
     """Where the images of a group come from."""
-    client = viewer.generator.client(viewer.keys.generator)
-    return html(_group(viewer, client.group(gid)))
+    return html(_group(viewer, viewer.ask(lambda client: client.group(gid))))
 
 
 def _group(viewer: Viewer, view: GroupView) -> str:
@@ -53,7 +52,7 @@ def near(viewer: ViewerDep, gid: GroupId) -> HTMLResponse:
 @router.get(PREFIX + "/groups/{gid}/images/{index}", openapi_extra=needs("read"))
 def image(viewer: ViewerDep, gid: GroupId, index: Annotated[int, Path(ge=0, le=9999)]) -> Response:
     """One image, as it is stored."""
-    data = viewer.generator.client(viewer.keys.generator).image_bytes(gid, index)
+    data = viewer.ask(lambda client: client.image_bytes(gid, index))
     found = (kind for signature, kind in _SIGNATURES if data.startswith(signature))
     return Response(data, media_type=next(found, "application/octet-stream"), headers=_KEPT)
 
@@ -61,9 +60,7 @@ def image(viewer: ViewerDep, gid: GroupId, index: Annotated[int, Path(ge=0, le=9
 @router.post(PREFIX + "/groups/{gid}/reject", openapi_extra=needs("submit"))
 def reject(viewer: ViewerDep, gid: GroupId) -> HTMLResponse:
     """Takes a group back."""
-    client = viewer.generator.client(viewer.keys.generator)
-    client.request("POST", f"{viewer.generator.url}/v1/groups/{gid}/reject")
-    return html(_group(viewer, client.group(gid)))
+    return html(_group(viewer, viewer.ask(lambda client: client.reject(gid))))
 
 
 @router.post(PREFIX + "/preview/{name}", openapi_extra=needs("read"))
@@ -93,8 +90,7 @@ def submit_batch(viewer: ViewerDep, form: FormDep) -> HTMLResponse:
     asked = forms.request_from_form("batches", form)
     assert isinstance(asked, BatchRequest)
     settings = asked.model_dump(mode="json", exclude_unset=True, exclude={"dataset", "prompts"})
-    client = viewer.generator.client(viewer.keys.generator)
-    made = client.submit(asked.dataset, asked.prompts, **settings)
+    made = viewer.ask(lambda client: client.submit(asked.dataset, asked.prompts, **settings))
     return done(f"{made.prompts_accepted} captions accepted as batch {made.id}.")
 
 

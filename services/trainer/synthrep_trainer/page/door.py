@@ -56,7 +56,8 @@ class Door:
 
 def keys_of(request: Request) -> Keys:
     """The keys that a request came with; the trainer's is the generator's, unless told apart."""
-    trainer = request.headers.get("authorization", "").partition(" ")[2].strip()
+    header = request.headers.get("authorization", "").encode("latin-1").decode(errors="replace")
+    trainer = header.partition(" ")[2].strip()
     return Keys(trainer, _decoded(request.cookies.get(_GENERATOR_COOKIE, "")) or trainer)
 
 

@@ -30,6 +30,8 @@ _MAX_REMEMBERED = 512
 _MAX_DATASETS, _MAX_BATCHES, _MAX_WORKERS = 100, 5, 100
 _RECORDS_AT_ONCE = 20
 _MAX_LOOKS = 5
+_NOT_UNDERSTOOD = (httpx.RequestError, ValueError, LookupError, TypeError, RecursionError)
+"""What reading the answer of something else raises."""
 
 
 class Place(NamedTuple):
@@ -88,15 +90,24 @@ class Generator:
         """Its address as people reach it; raises RunError as above."""
         return self._settings.generator_public_url or self.url
 
-    def client(self, key: str) -> SynthRep:
-        """A client for one viewer, which tries once; it borrows the connections, do not close."""
-        return SynthRep(
+    def ask(self, key: str, question: Callable[[SynthRep], T]) -> T:
+        """What it says to one viewer, who asks once; raises ServiceError, RunError.
+
+        The client borrows the connections, do not close it.
+        """
+        client = SynthRep(
             self.url, api_key=key, retries=0, timeout_s=_TIMEOUT_S, transport=self._transport
         )
+        try:
+            return question(client)
+        except _NOT_UNDERSTOOD as error:
+            raise ServiceError(
+                502, "bad answer", f"{self.url}: no generator answers there"
+            ) from error
 
     def generation(self, key: str) -> Generation:
         """How it stands, at most a second old; raises ServiceError, RunError."""
-        return self._fresh(("generation", key), _FRESH_S, lambda: self._generation(key))
+        return self._fresh(("generation", key), _FRESH_S, lambda: self.ask(key, self._generation))
 
     def newest_groups(self, key: str, dataset: DatasetView, limit: int) -> GroupPage:
         """As `groups`; looked up again once the log has grown."""
@@ -105,8 +116,12 @@ class Generator:
 
     def groups(self, key: str, dataset: DatasetView, before: Place | None, limit: int) -> GroupPage:
         """Up to `limit` groups older than a place; raises ServiceError, RunError."""
-        client = self.client(key)
         start = before or Place(dataset.last_seq + 1, 0)
+        return self.ask(key, lambda client: self._groups(client, key, dataset, start, limit))
+
+    def _groups(
+        self, client: SynthRep, key: str, dataset: DatasetView, start: Place, limit: int
+    ) -> GroupPage:
         found: list[GroupView] = []
         for _ in range(_MAX_LOOKS):
             top = start.seq if start.end else start.seq - 1
@@ -126,19 +141,23 @@ class Generator:
                 for index in range(end - 1, -1, -1):
                     if len(found) == limit:
                         return GroupPage(tuple(found), Place(seq, index + 1))
-                    with suppress(ServiceError):  # one whose shard is gone hides no other
+                    try:
                         found.append(self._group(key, dataset, groups[index]["gid"]))
+                    except ServiceUnavailableError:
+                        raise
+                    except ServiceError:  # one whose shard is gone hides no other
+                        continue
             start = Place(after + 1, 0)
         return GroupPage(tuple(found), start if start.seq > 1 else None)
 
     def _group(self, key: str, dataset: DatasetView, gid: str) -> GroupView:
         """A group; nothing about it ever changes but that it may be rejected."""
         name = ("group", key, gid, dataset.rejected)
-        return self._fresh(name, float("inf"), lambda: self.client(key).group(gid))
+        return self._fresh(
+            name, float("inf"), lambda: self.ask(key, lambda client: client.group(gid))
+        )
 
-    def _generation(self, key: str) -> Generation:
-        client = self.client(key)
-
+    def _generation(self, client: SynthRep) -> Generation:
         def items(path: str, limit: int) -> list[Any]:
             answer = client.request("GET", f"{self.url}/v1/{path}", params={"limit": limit})
             return list(answer["items"])

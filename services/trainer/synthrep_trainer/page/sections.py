@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
+from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import ServiceError
 from synthrep_shared.keys import Principal
 from synthrep_shared.messages import DatasetView, RunView
@@ -30,6 +31,7 @@ from synthrep_trainer.page.rendering import render
 from synthrep_trainer.runs import RunFolder
 from synthrep_trainer.views import probe_view, run_view
 
+T = TypeVar("T")
 _RUNS_SHOWN = 6
 _PROBES_READ = 200
 _WAITING_SHOWN = 8
@@ -88,6 +90,10 @@ class Viewer:
             return None, Absence(error.detail or error.title, is_locked=False)
         except RunError as error:
             return None, Absence(str(error), is_locked=False)
+
+    def ask(self, question: Callable[[SynthRep], T]) -> T:
+        """What the generator says to this viewer; raises ServiceError, RunError."""
+        return self.generator.ask(self.keys.generator, question)
 
     def again(self) -> Viewer:
         """The same at the next moment."""
