@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -383,6 +384,32 @@ def test_a_page_that_is_not_there_says_so_on_a_page(page):
     assert answer.status_code == 404
     assert "<!doctype html>" in answer.text
     assert 'href="/"' in answer.text
+
+
+def test_who_waits_for_the_generator_keeps_nobody_from_the_api(make_page):
+    gate, asked = threading.Event(), threading.Semaphore(0)
+
+    def wait(request: httpx.Request) -> httpx.Response:
+        asked.release()
+        gate.wait()
+        return no_answer(request)
+
+    async def look() -> int:
+        app = create_app(page.settings, generator=httpx.MockTransport(wait))
+        browser = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://trainer")
+        async with browser, anyio.create_task_group() as viewers:
+            try:
+                for _ in range(50):  # the API has 40 threads
+                    viewers.start_soon(browser.get, "/page/groups/00")
+                while not asked.acquire(blocking=False):
+                    await anyio.sleep(0.001)
+                with anyio.fail_after(20):
+                    return (await browser.get("/v1/runs")).status_code
+            finally:
+                gate.set()
+
+    page = make_page()
+    assert anyio.run(look) == 200
 
 
 HOSTILE = """<script>alert("1")</script>' onload='x"""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial, wraps
 from http import HTTPStatus
-from typing import Annotated, Any
+from inspect import isasyncgenfunction, iscoroutinefunction
+from typing import Annotated, Any, TypeVar
 
+from anyio import CapacityLimiter
+from anyio.lowlevel import RunVar
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
@@ -26,6 +31,9 @@ _HEADERS = {
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'"
 }
+T = TypeVar("T")
+_MAX_THREADS = 32
+_threads: RunVar[CapacityLimiter] = RunVar("page_threads")
 _PLACE = r"^[0-9]{1,15}\.[0-9]{1,9}$"
 
 
@@ -45,8 +53,35 @@ def _problem(request: Request, status: int, sentences: list[str]) -> HTMLRespons
     return html(render(template, sentences=sentences, call="", is_problem=True), status)
 
 
+async def in_page_thread(work: Callable[..., T], *args: Any) -> T:
+    """Work in a thread of the page's: those who wait for the generator take none of the API's."""
+    try:
+        limiter = _threads.get()
+    except LookupError:
+        limiter = CapacityLimiter(_MAX_THREADS)
+        _threads.set(limiter)
+    return await run_sync(work, *args, limiter=limiter)
+
+
+def _awaited(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    if iscoroutinefunction(endpoint) or isasyncgenfunction(endpoint):
+        return endpoint
+
+    @wraps(endpoint)
+    async def called(**fields: Any) -> Any:
+        return await in_page_thread(partial(endpoint, **fields))
+
+    return called
+
+
 class _HtmlRoute(APIRoute):
-    """A route whose refusals are a sentence in HTML, with the status that the API gives."""
+    """A route whose refusals are a sentence in HTML, with the status that the API gives.
+
+    What blocks has the page's threads.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **settings: Any) -> None:
+        super().__init__(path, _awaited(endpoint), **settings)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, guarded."""

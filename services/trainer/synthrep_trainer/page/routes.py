@@ -15,7 +15,6 @@ from typing import get_args
 from urllib.parse import parse_qs
 
 import anyio
-from anyio.to_thread import run_sync
 from fastapi import Depends, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -26,7 +25,7 @@ from synthrep_shared.errors import SynthRepError
 from synthrep_shared.keys import Principal
 from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.context import Context, ContextDep
-from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, html, make_router
+from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, html, in_page_thread, make_router
 from synthrep_trainer.page.door import PREFIX, Keys, keys_of, remember
 from synthrep_trainer.page.rendering import clock, render
 from synthrep_trainer.page.sections import PARTS, Choice, Viewer, picked_dataset
@@ -55,7 +54,7 @@ async def sheet(request: Request, context: ContextDep, choice: ChoiceDep) -> HTM
     if caller is None or not caller.has("read"):
         return _sign_in_form(context, _why_not(request, caller))
     viewer = Viewer(context, request.app.state.generator, caller, keys_of(request))
-    return await run_sync(_sheet, viewer, choice)
+    return await in_page_thread(_sheet, viewer, choice)
 
 
 def _sign_in_form(context: Context, problem: str = "") -> HTMLResponse:
@@ -95,7 +94,7 @@ def _sheet(viewer: Viewer, choice: Choice) -> HTMLResponse:
 
 
 @router.get(PREFIX + "/static/{name}", openapi_extra=NEEDS_NO_KEY)
-def static(request: Request, name: str) -> Response:
+async def static(request: Request, name: str) -> Response:
     """The style, the icon and the scripts that travel with the package."""
     if name not in STATIC:
         raise HTTPException(404, "there is no such file")
@@ -113,7 +112,7 @@ def _static_file(name: str) -> tuple[bytes, str]:
 
 
 @router.get(PREFIX + "/session", openapi_extra=NEEDS_NO_KEY)
-def session(context: ContextDep) -> HTMLResponse:
+async def session(context: ContextDep) -> HTMLResponse:
     """A form that asks for the keys."""
     return _sign_in_form(context)
 
@@ -170,7 +169,7 @@ async def events(viewer: ViewerDep, choice: ChoiceDep) -> AsyncIterator[ServerSe
         yield ServerSentEvent(event="clock", raw_data=clock(datetime.now(UTC)))
         now = viewer.again()
         for name, make in PARTS.items():
-            html = await run_sync(_made, make, now, choice)
+            html = await in_page_thread(_made, make, now, choice)
             if html is not None and html != shown.get(name):
                 shown[name] = html
                 yield ServerSentEvent(event=name, raw_data=html)
