@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from synthrep_trainer.feature_maps import (
     FeatureMap,
     MappedGroup,
@@ -56,6 +58,26 @@ def test_a_map_of_another_version_or_damaged_is_none(tmp_path):
     whole = (tmp_path / "map.json").read_bytes()
     (tmp_path / "half.json").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "half.json").replace(tmp_path / "map.json")
+    assert read_feature_map(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"images": ()},
+        {"images": (mapped(3, 0),)},
+        {"images": (mapped(-1, 0),)},
+        {"images": (mapped(0, 0, (1, 0.5)),)},
+    ],
+)
+def test_a_map_that_points_beyond_itself_is_none(tmp_path, wrong):
+    write_feature_map(tmp_path, three_groups().model_copy(update=wrong))
+    assert read_feature_map(tmp_path) is None
+
+
+def test_a_file_larger_than_any_map_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("synthrep_trainer.feature_maps._MAX_BYTES", 100)
+    write_feature_map(tmp_path, three_groups())
     assert read_feature_map(tmp_path) is None
 
 

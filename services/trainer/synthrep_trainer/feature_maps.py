@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from synthrep_shared.storage import publish_bytes
 
 _log = logging.getLogger(__name__)
 VERSION = 1
 _NAME = "map.json"
+_MAX_BYTES = 32 << 20  # more than 2,000 images of captions as long as may be
 
 
 class _Record(BaseModel):
@@ -67,6 +68,16 @@ class FeatureMap(_Record):
     groups: tuple[MappedGroup, ...]
     images: tuple[MappedImage, ...]
 
+    @model_validator(mode="after")
+    def _holds_what_it_points_to(self) -> Self:
+        groups, images = range(len(self.groups)), range(len(self.images))
+        for image in self.images:
+            if image.group not in groups or any(near not in images for near, _ in image.nearest):
+                raise ValueError("a map points to what it does not hold")
+        if not self.images:
+            raise ValueError("a map holds images")
+        return self
+
     def neighbours(self, gid: str, count: int) -> list[Neighbour]:
         """The images of other captions that are nearest to any image of a group; [] off the map."""
         cosines: dict[int, float] = {}
@@ -90,17 +101,19 @@ def read_feature_map(run_folder: Path) -> FeatureMap | None:
     path = run_folder / _NAME
     try:
         status = path.stat()
-        return _parsed(path, status.st_mtime_ns, status.st_ino)
+        return _parsed(path, status.st_size, status.st_mtime_ns, status.st_ino)
     except FileNotFoundError:
         return None
 
 
 @lru_cache(maxsize=16)
-def _parsed(path: Path, *_identity: int) -> FeatureMap | None:
+def _parsed(path: Path, num_bytes: int, *_identity: int) -> FeatureMap | None:
     """Parsed once for each file that lay there: pages ask every second."""
     try:
+        if num_bytes > _MAX_BYTES:
+            raise ValueError("a map is not so large")
         found = FeatureMap.model_validate_json(path.read_bytes())
-    except ValidationError:
+    except ValueError:
         _log.warning("feature_map_unreadable", extra={"path": str(path)})
         return None
     return found if found.version == VERSION else None
