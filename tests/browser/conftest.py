@@ -42,9 +42,9 @@ _OVERHANGS = """() => {
 def chromium() -> Iterator[Browser]:
     """One headless Chromium for a module; its event loop must not stay for tests that follow."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
-        pytest.skip("needs Chromium, Debian's package chromium")
+        pytest.skip("needs Chromium (Debian's package chromium) or Chrome")
     # Root has no sandbox, containers a small /dev/shm, and nothing here is drawn by a GPU.
     options = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
     with api.sync_playwright() as playwright:

@@ -106,6 +106,10 @@ def test_axe_finds_nothing_serious_in_any_view(open_tab, size, scheme):
     tab.shows("[hx-post^='/page/preview'] > *", count=3)
     assert tab.violations() == []
     assert tab.overhangs() == []
+    tab.page.goto("/?run=none")
+    tab.shows("main.narrow .problem")
+    assert tab.violations() == [], "the view of what is refused"
+    tab.faults = [fault for fault in tab.faults if "404" not in fault]
 
 
 def test_a_tab_that_is_closed_frees_its_stream(open_tab, services):
