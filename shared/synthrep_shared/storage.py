@@ -33,6 +33,7 @@ from synthrep_shared.object_store import (
     list_objects,
     probe_store,
 )
+from synthrep_shared.private_folder import make_private_folder
 from synthrep_shared.samples import DATASET_PATTERN
 
 _DATASET = re.compile(DATASET_PATTERN)
@@ -149,13 +150,12 @@ def is_writable(root: Location) -> bool:
 
 
 def spool_folder(root: Location | str) -> Path:
-    """The local folder for files in the making: the root itself, or one below `TMPDIR`."""
+    """The local folder for files in the making: the root itself, or a private one in `TMPDIR`."""
     if isinstance(root, Path):
         return root
     digest = hashlib.sha256(str(root).encode()).hexdigest()[:12]
-    spool = Path(tempfile.gettempdir()) / f"synthrep-{os.getuid()}" / digest
-    spool.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return spool
+    own = make_private_folder(Path(tempfile.gettempdir()) / f"synthrep-{os.getuid()}")
+    return make_private_folder(own / digest)
 
 
 def free_bytes(root: Location) -> int:
