@@ -8,20 +8,32 @@ from typing import IO
 import anyio
 from anyio.to_thread import run_sync
 
+MIN_BYTES_PER_S = 32 << 10
 _WRITE_BYTES = 1 << 20
 
 
-async def spool_body(chunks: AsyncIterator[bytes], file: IO[bytes], *, silence_s: float) -> None:
+async def spool_body(
+    chunks: AsyncIterator[bytes],
+    file: IO[bytes],
+    *,
+    silence_s: float,
+    min_bytes_per_s: float = MIN_BYTES_PER_S,
+) -> None:
     """Write a body to `file` and go back to its start.
 
-    Raises TimeoutError when no byte comes for `silence_s`, OSError when the disk is full, and what
+    Raises TimeoutError when the body has fallen `silence_s` behind one that comes at
+    `min_bytes_per_s`, as it does in so long a silence; OSError when the disk is full, and what
     `chunks` raises.
     """
-    pending = bytearray()
+    pending, patience_s = bytearray(), silence_s
     try:
         while True:
-            with anyio.fail_after(silence_s):
-                pending += await anext(chunks)
+            asked_at = anyio.current_time()
+            with anyio.fail_after(patience_s):
+                chunk = await anext(chunks)
+            pending += chunk
+            earned_s = len(chunk) / min_bytes_per_s - (anyio.current_time() - asked_at)
+            patience_s = min(silence_s, patience_s + earned_s)
             if len(pending) >= _WRITE_BYTES:
                 await run_sync(file.write, bytes(pending))
                 pending.clear()

@@ -1,7 +1,7 @@
 """The route of large batches: the body goes to disk as it comes and is read from there.
 
-A slow client holds a temporary file and no thread. The file has no name, so that nothing is left
-behind whatever happens to this process.
+A slow client holds a temporary file and no thread, and is given up below a least speed. The file
+has no name, so that nothing is left behind whatever happens to this process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from synthrep_generator.errors import HighWaterError, UploadError
 from synthrep_generator.routes_batches import IdempotencyKey, accepted_fields, generation_settings
 from synthrep_generator.uploads import FORMATS, read_spool, spool_prompts
 from synthrep_shared.asgi import needs, problem_answers
-from synthrep_shared.bodies import spool_body
+from synthrep_shared.bodies import MIN_BYTES_PER_S, spool_body
 from synthrep_shared.keys import Principal
 from synthrep_shared.messages import (
     DatasetName,
@@ -94,8 +94,8 @@ async def upload(
             try:
                 await spool_body(request.stream(), raw, silence_s=_SILENCE_S)
             except TimeoutError:
-                what = f"no byte of the body came for {_SILENCE_S:.0f} s"
-                raise HTTPException(408, what) from None
+                least = f"{MIN_BYTES_PER_S} bytes a second, with pauses of {_SILENCE_S:.0f} s"
+                raise HTTPException(408, f"the body came too slowly; send {least}") from None
             answer = await run_sync(
                 _accept, context, query, raw, media_type, is_gzip, caller, idempotency_key
             )

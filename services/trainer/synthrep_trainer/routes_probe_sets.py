@@ -97,8 +97,7 @@ async def add(
             try:
                 await spool_body(_capped(request.stream(), limit), body, silence_s=_SILENCE_S)
             except TimeoutError:
-                what = f"no byte of the body came for {_SILENCE_S:.0f} s"
-                raise HTTPException(408, what) from None
+                raise HTTPException(408, "the body came too slowly") from None
             accept = _accept_zip if is_zip else _accept_folder
             dataset = await anyio.to_thread.run_sync(accept, context, body, name)
     finally:
