@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,6 +128,64 @@ def test_a_file_that_is_not_what_the_hub_says_is_refused(
     del hub.served[name]
     assert pull_model("m", ENTRY, tmp_path)[1]
     assert files_in(tmp_path / "m") > NEEDED
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"]
+)
+def test_a_file_that_does_not_end_is_cut_off_at_its_size(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    told: list[int] = []
+    hub.served[name] = FILES[name] + bytes(8 << 20)
+    with pytest.raises(ModelHubError, match="sends more"):
+        pull_model("m", ENTRY, tmp_path, progress=Progress(on_bytes=told.append))
+    assert not {name, MANIFEST, name + ".part"} & files_in(tmp_path / "m")
+    assert sum(told) < 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("model_index.json", 1 << 40),
+        ("model_index.json", None),
+        ("tokenizer/vocab.json", -1),
+        ("tokenizer/vocab.json", None),
+        ("unet/diffusion_pytorch_model.safetensors", 1 << 60),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_before_the_file_comes(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int | None
+) -> None:
+    listing = hub.listing("someone/model")
+    file = next(file for file in listing["siblings"] if file["rfilename"] == name)
+    file["size"] = size
+    file.pop("lfs", None)
+    monkeypatch.setattr(hub, "listing", lambda _: listing)
+    with pytest.raises(ModelHubError, match="bytes|how large"):
+        pull_model("m", ENTRY, tmp_path)
+    assert name not in {path for path, _ in hub.requests}
+
+
+def test_a_disk_that_fills_up_meanwhile_keeps_its_reserve(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 18)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    room = 1 << 40
+
+    def fill(count: int) -> None:
+        nonlocal room
+        if count == 1 << 18:
+            room = (1 << 30) + count - 1
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room))
+    with pytest.raises(ModelHubError, match="kept free"):
+        pull_model("m", ENTRY, tmp_path, progress=Progress(on_bytes=fill))
+    assert not {name, MANIFEST} & files_in(tmp_path / "m")
+    room = 1 << 40
+    assert pull_model("m", ENTRY, tmp_path)[1], "the next pull goes on"
 
 
 def test_a_pull_that_was_cut_off_goes_on_where_it_stopped(

@@ -2,12 +2,14 @@
 
 The hub is that of `HF_ENDPOINT`, the token that of `HF_TOKEN`. Files come one by one, each beside
 its final name first, so that a pull that was cut off goes on where it stopped. A file whose size
-or hash is not what the hub says is refused. The manifest is written last.
+or hash is not what the hub says is refused, and what is longer is cut off there. The disk keeps a
+reserve, whatever is declared and sent. The manifest is written last.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -44,6 +46,8 @@ _UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _PARTIAL = ".part"
 _READ_BYTES = 1 << 20
+_MAX_INDEX_BYTES = 1 << 20
+_RESERVE_BYTES = 1 << 30  # of the disk, which others write to as well
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,27 @@ def choose_files(index: Mapping[str, Any], names: list[str], variant: str | None
     return chosen
 
 
+class _BoundedFile(io.FileIO):
+    """A file to append to, up to `max_bytes` and as long as the disk has more than its reserve."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        super().__init__(path, "ab")
+        self._path, self._max_bytes = path, max_bytes
+
+    def write(self, data: Any, /) -> int:
+        """Write all of `data`; raises ModelHubError past a bound, and removes what cannot be."""
+        if self.tell() + len(data) > self._max_bytes:
+            self._path.unlink(missing_ok=True)
+            raise ModelHubError(
+                f"the hub says that {self._path.stem} has {self._max_bytes} bytes, and sends more"
+            )
+        _check_room(self._path.parent, len(data))
+        left = memoryview(data)
+        while left:
+            left = left[super().write(left) :]
+        return len(data)
+
+
 class _Hub:
     """Files of a hub, checked on arrival."""
 
@@ -142,7 +167,7 @@ class _Hub:
 
     def fetch(self, remote: _Remote, folder: Path) -> FileRecord:
         """Bring a file, or the rest of it, unless it is here as the hub has it."""
-        size = remote.file.size or 0
+        size = _declared_bytes(remote)
         final = folder / remote.name
         self._progress.on_file(remote.name, size)
         if not final.exists():
@@ -179,7 +204,7 @@ class _Hub:
             revision=remote.revision,
             endpoint=self._endpoint,
         )
-        with partial.open("ab") as stream:
+        with _BoundedFile(partial, size) as stream:
             http_get(
                 url,
                 stream,
@@ -194,7 +219,10 @@ def _fetch_all(alias: str, entry: CatalogueEntry, folder: Path, hub: _Hub) -> Ma
     revision, files = hub.files(entry.repo, entry.revision)
     if _INDEX not in files:
         raise ModelHubError(f"{entry.repo} has no {_INDEX}: it is no pipeline of diffusers")
-    hub.fetch(_Remote(entry.repo, revision, files[_INDEX], _INDEX), folder)
+    index = _Remote(entry.repo, revision, files[_INDEX], _INDEX)
+    if _declared_bytes(index) > _MAX_INDEX_BYTES:
+        raise ModelHubError(f"{_INDEX} of {entry.repo} is said to have {index.file.size} bytes")
+    hub.fetch(index, folder)
     names = choose_files(_read_index(folder), list(files), entry.settings.get("variant"))
     remotes = [_Remote(entry.repo, revision, files[name], name) for name in names]
     for lora in entry.loras:
@@ -203,7 +231,7 @@ def _fetch_all(alias: str, entry: CatalogueEntry, folder: Path, hub: _Hub) -> Ma
             raise ModelHubError(f"{lora.repo} has no {lora.name}")
         name = f"{LORA_FOLDER}/{lora.name}"
         remotes.append(_Remote(lora.repo, lora_revision, found[lora.name], name))
-    _check_room(folder, remotes)
+    _check_all_fit(folder, remotes)
     manifest = Manifest(
         alias=alias,
         repo=entry.repo,
@@ -225,11 +253,26 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _check_room(folder: Path, remotes: list[_Remote]) -> None:
-    missing = sum(r.file.size or 0 for r in remotes if not (folder / r.name).exists())
+def _check_all_fit(folder: Path, remotes: list[_Remote]) -> None:
+    _check_room(folder, sum(_declared_bytes(r) for r in remotes if not (folder / r.name).exists()))
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    """Raises ModelHubError if the disk would have less than its reserve after so many bytes."""
     free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise ModelHubError(f"{missing} bytes are to come and {free} are free at {folder}")
+    if num_bytes + _RESERVE_BYTES > free:
+        raise ModelHubError(
+            f"{num_bytes} bytes are to come, {free} are free at {folder}, and {_RESERVE_BYTES} of "
+            "them are kept free"
+        )
+
+
+def _declared_bytes(remote: _Remote) -> int:
+    """The size that the hub has of a file; raises ModelHubError where it has none."""
+    size = remote.file.size
+    if size is None or size < 0:
+        raise ModelHubError(f"the hub does not say how large {remote.name} of {remote.repo} is")
+    return size
 
 
 def _is_current(manifest: Manifest, entry: CatalogueEntry) -> bool:
