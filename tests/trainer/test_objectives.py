@@ -351,6 +351,15 @@ def test_half_of_the_images_have_half_of_their_patches_masked():
     assert not torch.equal(inputs.masks, other.masks)
 
 
+def test_the_patch_head_tells_patches_apart_from_the_start():
+    """Biases and wide weights would point all of them the same way: a mean cosine of 0.3."""
+    head = Learner(config("synclr", objective=ObjectiveConfig("synclr", 2)), CPU)._objective
+    patches = torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
+    tokens, _ = head.patch_head(patches)
+    cosines = tokens @ tokens.T
+    assert (cosines.sum() - 300) / (300 * 299) < 0.1
+
+
 def test_the_student_does_not_see_what_is_masked():
     learner = Learner(config("synclr"), CPU)
     inputs, _ = learner._inputs(make_batch("synclr"), 1)
