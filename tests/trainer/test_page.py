@@ -214,6 +214,14 @@ def test_a_refused_form_says_why_with_the_status_of_the_api(page):
     assert page.post("runs", dataset="birds", max_steps="soon").status_code == 422
 
 
+@pytest.mark.parametrize("body", [b"\xff", b"a=1&" * 101])
+def test_what_is_no_form_is_refused(page, body):
+    for path in ("session", "runs", "preview/runs"):
+        answer = page.browser.post(f"/page/{path}", content=body, headers=BY_PAGE)
+        assert answer.status_code == 422
+        assert "not a form" in answer.text
+
+
 def test_a_run_is_started_shown_stopped_and_resumed(page):
     assert "is queued" in page.post("runs", dataset="birds", max_steps="30").text
     (folder,) = page.place.runs()

@@ -90,6 +90,28 @@ def test_a_generator_that_stops_answering_is_not_asked_for_every_group(asked):
     assert sum("/groups/" in path for path in asked.paths) == 1
 
 
+@pytest.mark.parametrize(("bound", "value"), [("_MAX_ANSWER_BYTES", 2), ("_ANSWER_S", -1.0)])
+def test_an_answer_without_an_end_is_broken_off(bound, value, monkeypatch):
+    class Slow(httpx.SyncByteStream):
+        closed = False
+
+        def __iter__(self):
+            yield from [b" "] * 3
+
+        def close(self):
+            self.closed = True
+
+    def speak(_request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=answer)
+
+    monkeypatch.setattr(f"synthrep_trainer.page.generator.{bound}", value)
+    answer = Slow()
+    made = Generator(TrainerSettings(generator_url=URL), httpx.MockTransport(speak))
+    with pytest.raises(ServiceUnavailableError, match="the answer has no end"):
+        made.generation("")
+    assert answer.closed
+
+
 def test_a_key_may_have_any_letters(asked):
     def answer(request: httpx.Request) -> httpx.Response:
         assert request.headers.raw[-1] == (b"authorization", "Bearer ключ".encode())

@@ -7,6 +7,7 @@ SynthRepError
 ├── IdempotencyConflictError  the key was used with another body
 ├── BadShardError          a committed shard is not what the log says; it was put in quarantine
 ├── NoCheckpointError      there is no checkpoint whose manifest verifies
+├── FormError              a form of the page cannot be read
 ├── ExportError            an encoder cannot be handed on as asked
 ├── PublishedFileError     a file of others holds no encoder that we know, or cannot be read safely
 └── TrainingStoppedError   going on would waste the run
@@ -45,6 +46,10 @@ class BadShardError(SynthRepError):
 
 class NoCheckpointError(SynthRepError):
     """There is no checkpoint whose manifest verifies."""
+
+
+class FormError(SynthRepError):
+    """A form of the page cannot be read."""
 
 
 class ExportError(SynthRepError):

@@ -98,7 +98,7 @@ class _HtmlRoute(APIRoute):
                 return _problem(request, error.status, [error.detail or error.title])
             except (RequestValidationError, ValidationError) as error:
                 return _problem(request, 422, problems(error.errors()))
-            except (SynthRepError, UnicodeDecodeError) as error:
+            except SynthRepError as error:
                 return _problem(request, 422, [str(error)])
 
         return guarded

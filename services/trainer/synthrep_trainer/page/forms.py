@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 from pydantic import BaseModel
 
 from synthrep_shared.messages import BatchRequest, ProbeRequest, Request, RunRequest
+from synthrep_trainer.errors import FormError
 
 _MAX_FIELDS = 100
 _LISTS = frozenset({"probe_datasets"})
@@ -22,13 +23,21 @@ FORMS: Mapping[str, tuple[type[Request], str]] = {
 """By name: what a form makes, and where it goes."""
 
 
+def fields_of(body: bytes) -> dict[str, list[str]]:
+    """What a urlencoded form holds, by name; raises FormError."""
+    try:
+        return parse_qs(body.decode(), max_num_fields=_MAX_FIELDS)
+    except ValueError as error:
+        raise FormError(f"not a form: {error}") from error
+
+
 def request_from_form(form: str, body: bytes) -> Request:
-    """The request that a urlencoded form asks for; raises ValidationError, ValueError.
+    """The request that a urlencoded form asks for; raises ValidationError, FormError.
 
     Blank fields are left to their defaults; `prompts` holds a caption a line.
     """
     model, _ = FORMS[form]
-    fields = parse_qs(body.decode(), max_num_fields=_MAX_FIELDS)
+    fields = fields_of(body)
     given: dict[str, Any] = {}
     for name, values in fields.items():
         filled = [value.strip() for value in values if value.strip()]

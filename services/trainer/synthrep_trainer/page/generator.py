@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from synthrep_trainer.errors import RunError
 from synthrep_trainer.settings import TrainerSettings
 
 T = TypeVar("T")
-_TIMEOUT_S = 5.0
+_TIMEOUT_S, _ANSWER_S = 5.0, 15.0  # for each wait, and for an answer as a whole
+_MAX_ANSWER_BYTES = 32 << 20
 _FRESH_S = 0.9
 _MAX_REMEMBERED = 512
 _MAX_DATASETS, _MAX_BATCHES, _MAX_WORKERS = 100, 5, 100
@@ -69,7 +70,7 @@ class Generator:
         self, settings: TrainerSettings, transport: httpx.BaseTransport | None = None
     ) -> None:
         self._settings = settings
-        self._transport = transport or httpx.HTTPTransport()
+        self._transport = _Bounded(transport or httpx.HTTPTransport())
         self._lock = threading.Lock()
         self._remembered: OrderedDict[tuple[Any, ...], _Look] = OrderedDict()
 
@@ -192,6 +193,39 @@ class Generator:
             known.take(look)
         found: T = known.answer.result()
         return found
+
+
+class _Bounded(httpx.BaseTransport):
+    """Breaks off what is too long, or takes too long as a whole."""
+
+    def __init__(self, inner: httpx.BaseTransport) -> None:
+        self._inner = inner
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        end_s = time.monotonic() + _ANSWER_S
+        response = self._inner.handle_request(request)
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        response.stream = _BoundedStream(response.stream, end_s)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _BoundedStream(httpx.SyncByteStream):
+    def __init__(self, inner: httpx.SyncByteStream, end_s: float) -> None:
+        self._inner, self._end_s = inner, end_s
+
+    def __iter__(self) -> Iterator[bytes]:
+        num_bytes = 0
+        for part in self._inner:
+            num_bytes += len(part)
+            if num_bytes > _MAX_ANSWER_BYTES or time.monotonic() > self._end_s:
+                raise httpx.ReadTimeout("the answer has no end")
+            yield part
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class _Look:

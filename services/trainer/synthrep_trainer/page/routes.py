@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
 from typing import get_args
-from urllib.parse import parse_qs
 
 import anyio
 from fastapi import Depends, HTTPException, Request, Response
@@ -27,6 +26,7 @@ from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.context import Context, ContextDep
 from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, html, in_page_thread, make_router
 from synthrep_trainer.page.door import PREFIX, Keys, keys_of, remember
+from synthrep_trainer.page.forms import fields_of
 from synthrep_trainer.page.rendering import clock, render
 from synthrep_trainer.page.sections import PARTS, Choice, Viewer, picked_dataset
 from synthrep_trainer.probe_data import known_datasets
@@ -120,7 +120,7 @@ async def session(context: ContextDep) -> HTMLResponse:
 @router.post(PREFIX + "/session", openapi_extra=NEEDS_NO_KEY)
 async def sign_in(request: Request) -> Response:
     """Keeps the keys of the form in the browser; an empty form forgets them."""
-    fields = parse_qs((await request.body()).decode(), max_num_fields=4)
+    fields = fields_of(await request.body())
     keys = Keys(*(fields.get(name, [""])[-1].strip() for name in ("key", "generator_key")))
     response = Response(headers={"hx-redirect": "/"})
     remember(response, request, keys)
