@@ -420,6 +420,7 @@ def test_who_waits_for_the_generator_keeps_nobody_from_the_api(make_page):
     assert anyio.run(look) == 200
 
 
+NOTHING_CHOSEN = Choice()
 HOSTILE = """<script>alert("1")</script>' onload='x"""
 
 
@@ -454,14 +455,14 @@ def test_one_look_lists_the_runs_once(page, monkeypatch):
     assert len(listed) == 1
 
 
-def follow(page: Page, num_rounds: int) -> list[list[str]]:
+def follow(page: Page, num_rounds: int, choice: Choice = NOTHING_CHOSEN) -> list[list[str]]:
     """Names of what the stream sends, a list for each look."""
 
     async def collect() -> list[list[str]]:
         context = Context(page.settings, page.place)
         viewer = Viewer(context, Generator(page.settings, page.transport), OPEN, Keys("", ""))
         rounds: list[list[str]] = []
-        async with aclosing(routes.events(viewer, Choice())) as stream:
+        async with aclosing(routes.events(viewer, choice)) as stream:
             async for event in stream:
                 if event.event == "clock":
                     if len(rounds) == num_rounds:
@@ -476,6 +477,19 @@ def follow(page: Page, num_rounds: int) -> list[list[str]]:
         raise AssertionError("the stream ended")
 
     return anyio.run(collect)
+
+
+def test_a_damaged_run_hides_no_other_and_ends_no_stream(page, monkeypatch):
+    monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
+    old, new = (
+        page.place.submit_run(RunRequest(dataset="birds", max_steps=30), owner="ann")
+        for _ in range(2)
+    )
+    new.metrics.write_bytes(b"{\n")
+    assert old.id[:15] in page.get("/")
+    assert page.browser.get("/v1/runs").json()["items"][0]["id"] == old.id
+    first, _ = follow(page, 2, Choice(run=new.id))
+    assert "probes" in first
 
 
 def test_the_stream_sends_what_has_changed(page, monkeypatch):

@@ -162,7 +162,7 @@ def readable(view: Callable[[F], V], folders: Sequence[F]) -> list[V]:
     for folder in folders:
         try:
             views.append(view(folder))
-        except ValidationError:
+        except ValueError:
             _log.exception("file_unreadable", extra={"id": folder.id})
     return views
 

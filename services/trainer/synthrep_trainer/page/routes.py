@@ -177,8 +177,8 @@ async def events(viewer: ViewerDep, choice: ChoiceDep) -> AsyncIterator[ServerSe
 
 
 def _made(make: Callable[[Viewer, Choice], str], viewer: Viewer, choice: Choice) -> str | None:
-    """The part, or None where a file or a run has just gone: the next look tells more."""
+    """The part, or None where a file or a run has gone, or is damaged: the next look tells more."""
     try:
         return make(viewer, choice)
-    except (HTTPException, OSError, SynthRepError):
+    except (HTTPException, OSError, SynthRepError, ValueError):
         return None
