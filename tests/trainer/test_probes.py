@@ -107,6 +107,19 @@ def test_a_map_that_cannot_be_drawn_costs_no_result(place, settings, run, shard_
     assert read_feature_map(run.path) is None
 
 
+def test_a_probe_that_is_killed_over_its_map_is_judged_once(place, settings, run, monkeypatch):
+    def die(*_args, **_settings):
+        raise SystemExit
+
+    monkeypatch.setattr(probes, "draw_feature_map", die)
+    folder = place.submit_probe(ProbeRequest(run_id=run.id, dataset="light", protocol="knn"))
+    with pytest.raises(SystemExit):
+        probes.judge(folder, place, settings)
+    result = folder.result.read_bytes()
+    probes.judge(folder, place, settings)
+    assert folder.result.read_bytes() == result
+
+
 def test_features_are_those_of_the_saved_and_of_the_untrained_encoder(run):
     config, trained, untrained = probes.encoders_of(load_newest(run.checkpoints))
     images = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)

@@ -74,6 +74,8 @@ def encoders_of(
 
 def judge(folder: ProbeFolder, place: Workplace, settings: TrainerSettings) -> None:
     """Write the probe's result. Raises NoCheckpointError, ProbeDataError, ValueError."""
+    if folder.result.exists():  # an earlier process was killed while it drew the map
+        return
     request = folder.record.request
     checkpoint = _find_checkpoint(request, place)
     dataset = known_datasets(settings).get(request.dataset)
