@@ -94,7 +94,7 @@ def _look(
     with open_tab(url) as tab, httpx.Client(base_url=url, timeout=60) as client:
         _passes(client, warm_s)
         tab.begin()
-        milliseconds, by_part = _passes(client, measured_s)
+        by_part = _passes(client, measured_s)
         in_browser = tab.end()
     for viewer in crowd:
         viewer.stop()
@@ -103,7 +103,10 @@ def _look(
         raise RuntimeError("no new group reached a viewer")
     return {
         "seconds": time.monotonic() - started,
-        "update": asdict(latency(milliseconds)),
+        "update": asdict(latency([ms for times in by_part.values() for ms in times])),
+        "whole_page": asdict(
+            latency([sum(times) for times in zip(*by_part.values(), strict=True)])
+        ),
         "parts_p50_ms": {name: latency(times).p50_ms for name, times in by_part.items()},
         "commit_to_viewer": asdict(latency(delays)),
         "events_of_a_viewer": crowd[0].events,
@@ -112,9 +115,8 @@ def _look(
     }
 
 
-def _passes(client: httpx.Client, seconds: float) -> tuple[list[float], dict[str, list[float]]]:
-    """Everything that an open page shows, made again and again: milliseconds, also by part."""
-    whole: list[float] = []
+def _passes(client: httpx.Client, seconds: float) -> dict[str, list[float]]:
+    """Everything that an open page shows, made again and again: milliseconds by part."""
     by_part: dict[str, list[float]] = {name: [] for name in PARTS}
     ends_at = time.monotonic() + seconds
     while time.monotonic() < ends_at:
@@ -122,9 +124,8 @@ def _passes(client: httpx.Client, seconds: float) -> tuple[list[float], dict[str
             started = time.perf_counter()
             client.get(f"/page/parts/{name}").raise_for_status()
             times.append(1e3 * (time.perf_counter() - started))
-        whole.append(sum(times[-1] for times in by_part.values()))
         time.sleep(_PASS_PAUSE_S)
-    return whole, by_part
+    return by_part
 
 
 def lags(reader: LogReader, crowd: list[Viewer]) -> list[float]:
