@@ -21,6 +21,7 @@ from synthrep_shared.keys import OPEN
 from synthrep_shared.messages import RunRequest
 from synthrep_trainer.api import create_app
 from synthrep_trainer.context import Context
+from synthrep_trainer.feature_maps import write_feature_map
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
 from synthrep_trainer.page import routes, sections
 from synthrep_trainer.page.door import Keys
@@ -32,6 +33,7 @@ from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
 
 from .conftest import ShardMaker
+from .test_page_feature_map import THREE
 
 URL = "http://generator:8000"
 BY_PAGE = {"hx-request": "true"}
@@ -313,6 +315,22 @@ def test_the_viewer_sees_and_does_what_the_key_allows(make_page):
     page.post("session", key="eve")
     assert "batches-form" not in page.get("/")
     assert page.post("runs", dataset="birds", max_steps="30").status_code == 403
+
+
+def test_a_map_shows_no_captions_that_the_generator_keeps_from_the_viewer(make_page):
+    scopes = ["read", "submit"]
+    page = make_page(
+        api_keys=[{"name": name, "key": name, "scopes": scopes} for name in ("ann", "bob")]
+    )
+    page.post("session", key="ann")
+    page.post("batches", dataset="birds", prompts="a bird")
+    for name, is_shown in (("ann", True), ("bob", False)):
+        run = page.place.submit_run(RunRequest(dataset="birds", max_steps=30), owner=name)
+        write_feature_map(run.path, THREE)
+        page.post("session", key=name)
+        assert ("a jay" in page.get("/page/parts/map")) == is_shown
+        assert ("a tit" in page.get("/page/groups/00/neighbours")) == is_shown
+    assert "does not show birds" in page.get("/page/parts/map")
 
 
 def test_a_generator_with_another_key_gets_that_one(tmp_path):

@@ -79,6 +79,11 @@ class Generator:
         self._transport.close()
 
     @property
+    def is_unnamed(self) -> bool:
+        """Whether the settings name none."""
+        return self._settings.generator_url is None
+
+    @property
     def url(self) -> str:
         """Its address; raises RunError where the settings name none."""
         url = self._settings.generator_url

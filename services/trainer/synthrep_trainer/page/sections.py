@@ -95,6 +95,16 @@ class Viewer:
         """What the generator says to this viewer; raises ServiceError, RunError."""
         return self.generator.ask(self.keys.generator, question)
 
+    def sees(self, dataset: str) -> bool:
+        """Whether captions of a data set, which a run's map repeats, are the viewer's to read.
+
+        Anyone may train on a data set, so that is for the generator to say, where there is one.
+        """
+        if self.caller.is_admin or self.caller.lists(dataset) or self.generator.is_unnamed:
+            return True
+        found, _ = self.generation()
+        return found is not None and any(known.name == dataset for known in found.datasets)
+
     def again(self) -> Viewer:
         """The same at the next moment."""
         return replace(self)
@@ -225,14 +235,17 @@ def feature_map(viewer: Viewer, choice: Choice) -> str:
     found = (
         None if run is None else read_feature_map(viewer.context.run(viewer.caller, run.id).path)
     )
-    return render("feature_map.html", map=None) if found is None else drawing(found)
+    if found is not None and viewer.sees(found.dataset):
+        return drawing(found)
+    return render("feature_map.html", map=None, hidden=found.dataset if found else "")
 
 
 def neighbours(viewer: Viewer, gid: str) -> str:
     """The images of other captions nearest to a group's, by the newest run whose map has it."""
     shown, _ = newest_first(viewer.run_folders, None, _RUNS_SHOWN)
     for found in filter(None, (read_feature_map(folder.path) for folder in shown)):
-        if near := found.neighbours(gid, _NEIGHBOURS_SHOWN):
+        near = found.neighbours(gid, _NEIGHBOURS_SHOWN)
+        if near and viewer.sees(found.dataset):
             return render("neighbours.html", neighbours=near, step=found.step)
     return ""
 
