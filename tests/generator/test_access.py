@@ -18,6 +18,7 @@ from synthrep_generator.intake import IntakeReader, list_batches, write_batch
 from synthrep_generator.queues import WorkerView
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.samples import group_id
+from synthrep_shared.storage import publish_file
 
 # Written out, so that a route changes its scope here as well or not at all.
 SCOPES = {
@@ -256,6 +257,26 @@ def test_requests_at_once_pass_no_quota(make_api, monkeypatch):
     assert sorted(answer.status_code for answer in answers) == [202, 429]
 
 
+@pytest.mark.parametrize("limit", ["max_outstanding_prompts", "max_prompts_per_day"])
+def test_two_processes_give_one_quota(make_api, monkeypatch, limit):
+    apis = [make_api(quota(**{limit: 3})) for _ in range(2)]
+    both_are_counted = threading.Barrier(2)
+
+    def publish_late(*arguments: Any) -> bool:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_are_counted.wait(timeout=1)
+        return publish_file(*arguments)
+
+    monkeypatch.setattr("synthrep_generator.intake.publish_file", publish_late)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda api: submit(api, "lab", count=2), apis))
+    assert sorted(answer.status_code for answer in answers) == [202, 429]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) > 0
+    counted = [call(api, "lab", "GET", "/v1/batches").json()["items"] for api in apis]
+    assert [len(items) for items in counted] == [1, 1]
+
+
 def test_prompts_in_a_day_are_bounded_and_the_answer_says_when_to_come_back(make_api, pets):
     keys = quota(max_prompts_per_day=4)
     pets.created_at = datetime.now(UTC) - timedelta(hours=23)
@@ -299,6 +320,16 @@ def test_the_door_stays_shut_until_the_low_water(make_api, pets):
     pets.commit(header, {1: "prompt 1"})
     assert submit(api, "ann").status_code == 202
     assert submit(api, "ann").status_code == 202, "it was not shut anew"
+
+
+def test_a_request_that_cannot_fit_shuts_the_door_for_nobody_else(make_api):
+    api = make_api(high_water_prompts=2000, low_water_fraction=0.1)
+    assert submit(api, "ann", count=500).status_code == 202
+    upload = {"content": b"a dog\n" * 1600, "headers": {"content-type": "text/plain"}}
+    assert call(api, "bob", "POST", "/v1/batches/upload?dataset=bobs", **upload).status_code == 429
+    assert submit(api, "ann", count=600).status_code == 202
+    assert submit(api, "ann", count=1000).status_code == 429, "one of usual size shuts it"
+    assert submit(api, "ann").status_code == 429
 
 
 @pytest.mark.parametrize(

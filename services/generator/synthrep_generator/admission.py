@@ -36,10 +36,10 @@ from synthrep_generator.intake import (
 )
 from synthrep_generator.judge_files import check_judges
 from synthrep_generator.model_files import check_recipe, find_model, usable_models
-from synthrep_generator.quotas import check_quotas
+from synthrep_generator.quotas import check_quotas, has_quotas, owner_lock
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_shared.keys import Principal
-from synthrep_shared.messages import GenerationSettings
+from synthrep_shared.messages import MAX_PROMPTS_PER_REQUEST, GenerationSettings
 from synthrep_shared.storage import DatasetPaths, free_bytes
 from synthrep_shared.tracing import NoTracer, Tracer
 
@@ -94,7 +94,8 @@ class Admission:
     """Takes batches in, within quotas, the high-water mark and the disk reserve.
 
     Past the mark nothing is taken until the work in hand has come down to the low water, so that
-    clients meet a door that is open or shut and not one that flutters.
+    clients meet a door that is open or shut and not one that flutters. Quotas hold over all
+    processes of a root in a file system.
     """
 
     def __init__(
@@ -177,7 +178,8 @@ class Admission:
         self._check_reach(order.caller, order.dataset)
         with self._room_for(order.caller, order.num_prompts):
             index = self._catalog.make(order.dataset)
-            if write_batch(index.paths, header, prompts):
+            gate = self._quota_gate(order.caller, order.num_prompts)
+            if write_batch(index.paths, header, prompts, gate):
                 index.register(header)
                 self._note(header, time.monotonic() - began)
                 return header
@@ -215,7 +217,8 @@ class Admission:
         """Holds room for the prompts, so that concurrent requests cannot pass a mark together."""
         with self._lock:
             try:
-                self._check_quotas(caller, num_prompts)
+                if has_quotas(caller):
+                    self._check_quotas(caller, num_prompts, self._reserved[caller.owner])
                 self._check_mark(num_prompts)
             except HighWaterError as error:
                 if error.retry_after_s is None and error.excess is not None:
@@ -230,26 +233,36 @@ class Admission:
             with self._lock:
                 self._reserved[caller.owner] -= num_prompts
 
-    def _check_quotas(self, caller: Principal, num_prompts: int) -> None:
+    def _check_quotas(self, caller: Principal, num_prompts: int, coming: int) -> None:
         batches = (batch for index in self._catalog.datasets() for batch in index.batches())
-        check_quotas(
-            caller,
-            batches,
-            coming=self._reserved[caller.owner],
-            num_prompts=num_prompts,
-            now=datetime.now(UTC),
-        )
+        now = datetime.now(UTC)
+        check_quotas(caller, batches, coming=coming, num_prompts=num_prompts, now=now)
+
+    @contextmanager
+    def _quota_gate(self, caller: Principal, num_prompts: int) -> Iterator[None]:
+        """Counts once more, with the batches that other processes published meanwhile."""
+        if not has_quotas(caller):
+            yield
+            return
+        with owner_lock(self._catalog.root, caller.owner):
+            for index in self._catalog.datasets():
+                index.scan_intake()
+            self._check_quotas(caller, num_prompts, coming=0)
+            yield
 
     def _check_mark(self, num_prompts: int) -> None:
         waiting = self._catalog.unfinished().prompts + self._reserved.total()
         high = self._settings.high_water_prompts
         low = int(high * self._settings.low_water_fraction)
-        self._is_shut = (self._is_shut and waiting > low) or waiting + num_prompts > high
-        if self._is_shut:
+        # A large upload that does not fit shuts out nobody whose request does.
+        usual = min(num_prompts, MAX_PROMPTS_PER_REQUEST)
+        self._is_shut = (self._is_shut and waiting > low) or waiting + usual > high
+        left = min(low, high - num_prompts) if self._is_shut else high - num_prompts
+        if waiting > left:
             raise HighWaterError(
                 f"{waiting} prompts are accepted and unfinished, the mark is {high}; send "
-                f"{num_prompts} more once {low} are left",
-                excess=max(waiting - low, waiting + num_prompts - high),
+                f"{num_prompts} more once {max(left, 0)} are left",
+                excess=waiting - left,
             )
 
     def _seconds_for(self, num_prompts: int) -> int | None:

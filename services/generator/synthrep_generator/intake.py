@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from functools import cached_property
 
@@ -75,8 +76,16 @@ def batch_id_from_key(owner: str, dataset: str, key: str) -> str:
     return hashlib.blake2b(what, digest_size=16, person=b"synthrep-batch").hexdigest()
 
 
-def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]) -> bool:
-    """Make the batch durable; False if its id is taken (the first writer won)."""
+def write_batch(
+    paths: DatasetPaths,
+    header: BatchHeader,
+    prompts: Iterable[str],
+    gate: AbstractContextManager[object] | None = None,
+) -> bool:
+    """Make the batch durable; False if its id is taken (the first writer won).
+
+    It becomes visible inside `gate`, which may raise to prevent that.
+    """
     written = temporary_path(paths.temporary, header.id)
     try:
         with written.open("x", encoding="utf-8") as stream:
@@ -86,7 +95,8 @@ def write_batch(paths: DatasetPaths, header: BatchHeader, prompts: Iterable[str]
             stream.flush()
             os.fsync(stream.fileno())
         failpoint("batch-written")
-        is_first = publish_file(written, _path(paths, header.id))
+        with gate or nullcontext():
+            is_first = publish_file(written, _path(paths, header.id))
         failpoint("batch-published")
         return is_first
     finally:

@@ -25,11 +25,7 @@ from synthrep_generator.intake import (
 from synthrep_generator.log_index import LogIndex
 from synthrep_generator.tally import Batch, Tally, Totals, batch_state
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader
-from synthrep_shared.messages import (
-    BatchView,
-    DatasetView,
-    ShardView,
-)
+from synthrep_shared.messages import BatchView, DatasetView, ShardView
 from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies
 from synthrep_shared.storage import DatasetPaths, folder_changed_ns
 
@@ -93,25 +89,26 @@ class DatasetIndex:
                 for record in records:
                     self._tally.apply(record)
             self._paused = list_paused(self.paths)
-            self._scan_intake()
+            if started_at >= self._next_scan:
+                self.scan_intake()
             self._refreshed_at = started_at
 
-    def _scan_intake(self) -> None:
-        started = time.monotonic()
-        if started < self._next_scan:
-            return
-        try:
-            mtime_ns = folder_changed_ns(self.paths.intake)
-        except FileNotFoundError:
-            return
-        if mtime_ns == self._intake_mtime_ns:
-            return
-        self._read_headers(list_batches(self.paths))
-        # A file added within one step of the clock leaves the folder's time as it was.
-        if time.time_ns() - mtime_ns > _MTIME_STEP_NS:
-            self._intake_mtime_ns = mtime_ns
-        now = time.monotonic()
-        self._next_scan = now + _SCAN_SHARE * (now - started)
+    def scan_intake(self) -> None:
+        """Take in what the intake folder gained; `refresh` does so now and then."""
+        with self._lock:
+            started = time.monotonic()
+            try:
+                mtime_ns = folder_changed_ns(self.paths.intake)
+            except FileNotFoundError:
+                return
+            if mtime_ns == self._intake_mtime_ns:
+                return
+            self._read_headers(list_batches(self.paths))
+            # A file added within one step of the clock leaves the folder's time as it was.
+            if time.time_ns() - mtime_ns > _MTIME_STEP_NS:
+                self._intake_mtime_ns = mtime_ns
+            now = time.monotonic()
+            self._next_scan = now + _SCAN_SHARE * (now - started)
 
     def _read_headers(self, batches: Sequence[str]) -> None:
         known, bad = self._tally.batches, self._unreadable

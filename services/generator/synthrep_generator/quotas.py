@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import fcntl
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from synthrep_generator.errors import QuotaError
 from synthrep_generator.tally import Batch
 from synthrep_shared.keys import Principal
+from synthrep_shared.storage import Location
 
 _DAY = timedelta(hours=24)
+
+
+def has_quotas(caller: Principal) -> bool:
+    """Whether the caller's key bounds what its owner may have."""
+    return (caller.max_outstanding_prompts, caller.max_prompts_per_day) != (None, None)
+
+
+@contextmanager
+def owner_lock(root: Location, owner: str) -> Iterator[None]:
+    """Keep out every other thread, process and host that counts what this owner has.
+
+    An object store has no locks: there, several processes may pass a quota together by what each
+    of them publishes within one request to the store.
+    """
+    if not isinstance(root, Path):
+        yield
+        return
+    folder = root / ".quotas"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(owner.encode()).hexdigest()[:32]
+    with (folder / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def check_quotas(
@@ -19,8 +47,7 @@ def check_quotas(
 
     `batches` are those of all owners, `coming` the owner's prompts that are not in them yet.
     """
-    limits = (caller.max_outstanding_prompts, caller.max_prompts_per_day)
-    if limits == (None, None):
+    if not has_quotas(caller):
         return
     own = [batch for batch in batches if batch.owner == caller.owner]
     outstanding = coming + sum(batch.unfinished for batch in own)
