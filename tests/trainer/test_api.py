@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import ProbeRequest, RunRequest
-from synthrep_trainer.api import create_app
+from synthrep_trainer.api import create_app, make_server
 from synthrep_trainer.checkpoint_folders import Manifest, publish_checkpoint
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
 from synthrep_trainer.records import Status
@@ -419,6 +419,15 @@ def test_the_service_ends_with_status_0_on_sigterm(settings):
     process.stderr.close()
     assert process.wait(60) == 0
     assert "Traceback" not in rest
+
+
+def test_streams_end_when_the_server_is_told_to(settings):
+    server = make_server(settings)
+    server.should_exit = True
+    with TestClient(server.config.app) as api:
+        run = api.post("/v1/runs", json=RUN).json()["id"]
+        for path in (f"/v1/runs/{run}/events", "/page/events"):
+            assert api.get(path).text == ""
 
 
 def test_a_source_must_be_allowed(api):

@@ -510,6 +510,18 @@ def test_a_damaged_run_hides_no_other_and_ends_no_stream(page, monkeypatch):
     assert "probes" in first
 
 
+def test_the_stream_ends_with_the_server(page, monkeypatch):
+    monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
+    looks = iter([False, False, True])
+    context = Context(page.settings, page.place, lambda: next(looks))
+    viewer = Viewer(context, Generator(page.settings, page.transport), OPEN, Keys("", ""))
+
+    async def collect() -> list[str | None]:
+        return [event.event async for event in routes.events(viewer, Choice())]
+
+    assert anyio.run(collect).count("clock") == 2
+
+
 def test_the_stream_sends_what_has_changed(page, monkeypatch):
     monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
     monkeypatch.setattr(sections, "_free_bytes", lambda context: None)

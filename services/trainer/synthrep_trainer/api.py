@@ -11,7 +11,7 @@ import functools
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -53,14 +53,20 @@ _ROUTERS = (
 )
 
 
-def create_app(settings: TrainerSettings, *, generator: httpx.BaseTransport | None = None) -> App:
+def create_app(
+    settings: TrainerSettings,
+    *,
+    generator: httpx.BaseTransport | None = None,
+    is_ending: Callable[[], bool] = bool,
+) -> App:
     """The service as an ASGI app; makes the folder of runs.
 
-    `generator` carries what the page asks the generator; None: the network.
+    `generator` carries what the page asks the generator; None: the network. Streams end once
+    `is_ending`.
     """
     place = Workplace(settings.runs)
     place.make_folders()
-    context = Context(settings, place)
+    context = Context(settings, place, is_ending)
     app = FastAPI(
         title="SynthRep trainer",
         version=_VERSION,
@@ -118,6 +124,22 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
     return schema
 
 
+def make_server(settings: TrainerSettings) -> uvicorn.Server:
+    """The service at its address; its streams end when it is told to."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, is_ending=lambda: server.should_exit),
+            host=settings.host,
+            port=settings.port,
+            server_header=False,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    )
+    return server
+
+
 def main() -> None:
     """Serve until SIGTERM, then end with status 0."""
     # The server shuts down first and then raises the signal again for whoever had it before.
@@ -125,15 +147,10 @@ def main() -> None:
     settings = TrainerSettings()
     configure_logging("trainer-api", settings.log_level)
     _log.info("settings_read", extra={"settings": settings.model_dump(mode="json")})
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        server_header=False,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
+    server = make_server(settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    sys.exit(not server.started)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ class Context:
 
     settings: TrainerSettings
     place: Workplace
+    is_ending: Callable[[], bool] = bool
+    """Whether the server is about to end, and streams with it; by default it never is."""
 
     def owned(self, caller: Principal, folders: Sequence[F]) -> list[F]:
         """Those of the folders that are the caller's; an unreadable one is an admin's."""

@@ -226,13 +226,14 @@ async def _followed_run(context: ContextDep, caller: CallerDep, run_id: RunId) -
     dependencies=[Depends(_listener)],
 )
 async def events(
+    context: ContextDep,
     folder: Annotated[RunFolder, Depends(_followed_run)],
     after: After = -1,
     last_event_id: Annotated[int | None, Header(ge=-1, lt=2**53)] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """`metrics` for each step, whose id is the step, `run` when the state changes; then the end."""
     step, state = after if last_event_id is None else last_event_id, None
-    while True:
+    while not context.is_ending():
         view = await run_sync(run_view, folder)
         lines = await run_sync(_metrics_after, folder, step)
         for line in lines:

@@ -165,7 +165,7 @@ def make_viewer_limiter(registry: CollectorRegistry) -> anyio.CapacityLimiter:
 async def events(viewer: ViewerDep, choice: ChoiceDep) -> AsyncIterator[ServerSentEvent]:
     """Each part whenever it looks different, under its name; the time, so that a halt is seen."""
     shown: dict[str, str] = {}
-    while True:
+    while not viewer.context.is_ending():
         yield ServerSentEvent(event="clock", raw_data=clock(datetime.now(UTC)))
         now = viewer.again()
         for name, make in PARTS.items():
