@@ -5,7 +5,7 @@ transposed views as they are. `torch.mm` calls MKL, which leaves AVX-512 alone o
 are not Intel's: 105 against 250 GFLOP/s on one EPYC core. Elsewhere, while compiling and with
 `torch.backends.mkldnn` switched off, they are `torch.mm`.
 
-They follow torch.set_float32_matmul_precision, and autocast leaves them alone.
+Autocast leaves them alone; on a GPU they follow torch.set_float32_matmul_precision.
 """
 
 import torch
