@@ -185,6 +185,17 @@ def test_life_of_a_batch_is_told_from_its_files(client, pets, backlog):
     assert client.get("/v1/datasets/pets").json()["last_seq"] == 3
 
 
+def test_state_is_told_without_a_change_of_threads_where_nothing_is_to_be_waited_for(
+    client, pets, backlog, monkeypatch
+):
+    header = pets.accept(["a", "b"])
+    path = f"/v1/batches/{header.id}"
+    assert client.get(path).json()["prompts"]["committed"] == 0
+    monkeypatch.setattr("synthrep_generator.routes_batches.run_sync", None)
+    pets.commit(header, {0: "a"})
+    assert client.get(path).json()["prompts"]["committed"] == 1
+
+
 def test_lists_page_through_everything_once(client, pets):
     ids = [submit(client).json()["id"] for _ in range(7)]
     other = submit(client, dataset="cars").json()["id"]

@@ -70,3 +70,19 @@ def test_recent_numbers_are_answered_while_newer_ones_are_on_the_way(backlog):
     assert live.running() == {"b": 3}
     assert time.perf_counter() - started < 0.04
     release.set()
+
+
+def test_numbers_are_at_hand_once_they_are_recent(backlog):
+    backlog.prompts = {"b": 3}
+    live = LiveWork(backlog, refresh_s=3600)
+    live.running()
+    assert live.running_at_hand() == {"b": 3}
+
+
+def test_numbers_at_hand_are_not_waited_for(backlog, monkeypatch):
+    release = threading.Event()
+    backlog.queue_view = release.wait
+    live = LiveWork(backlog)
+    monkeypatch.setattr(live._changed, "wait", None)
+    assert live.running_at_hand() is None
+    release.set()

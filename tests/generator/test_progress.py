@@ -75,6 +75,36 @@ def test_view_follows_the_log_as_it_grows(pets, index):
     assert index.view(batch, running=0, now=now).eta_s == 0.0
 
 
+def test_view_at_hand_is_as_fresh_as_any_other(pets, index):
+    header = pets.accept(["a", "b"])
+    index.refresh()
+    batch, now = index.batch(header.id), pets.created_at
+    assert index.view_at_hand(batch, running=1, now=now).prompts.committed == 0
+    pets.commit(header, {0: "a"})
+    index.pause(batch, True)
+    view = index.view_at_hand(batch, running=0, now=now)
+    assert (view.prompts.committed, view.state) == (1, "paused")
+    assert view == index.view(batch, running=0, now=now)
+
+
+def test_view_is_not_at_hand_while_much_is_read_or_to_be_read(pets, index, monkeypatch):
+    header = pets.accept(["a", "b"])
+    index.refresh()
+    batch = index.batch(header.id)
+
+    def at_hand():
+        return index.view_at_hand(batch, running=0, now=pets.created_at)
+
+    with ThreadPoolExecutor(1) as pool, index._lock:
+        assert pool.submit(at_hand).result(timeout=10) is None, "it did not wait"
+    pets.commit(header, {0: "a"})
+    monkeypatch.setattr(index._index, "read_bytes", pets.paths.log.stat().st_size - 1)
+    assert at_hand() is None
+    assert batch.committed == 0, "nothing was read"
+    index.refresh()
+    assert at_hand().prompts.committed == 1
+
+
 def test_eta_is_what_is_left_over_the_pace_and_unknown_while_paused(pets, index):
     header = pets.accept(["a", "b", "c"])
     record = pets.commit(header, {0: "a"})

@@ -47,6 +47,7 @@ from synthrep_shared.tracing import make_tracer
 logger = logging.getLogger(__name__)
 _VERSION = "0.1.0"
 _GRACE_S = 5
+_SWITCH_S = 0.001
 _ROUTERS = (
     routes_uploads.router,  # before the batches: `upload` is no batch id
     routes_batches.router,
@@ -134,6 +135,8 @@ def main() -> None:
     configure_logging("generator-api", settings.log_level)
     logger.info("settings were read", extra={"settings": settings.model_dump(mode="json")})
     app = create_app(settings)
+    # A thread that reads a log or an upload gives way to an answer after this, not after 5 ms.
+    sys.setswitchinterval(_SWITCH_S)
     # What lives as long as the process is not looked at again: a full collection took 60 ms.
     gc.collect()
     gc.freeze()

@@ -84,10 +84,18 @@ class Catalog:
             return None
         names = list_datasets(self.root)
         indexes = [self._index(DatasetPaths(self.root, name)) for name in names]
-        for index in sorted(indexes, key=lambda index: not index.has_seen(batch_id)):
+        for index in sorted(indexes, key=lambda index: index.known_batch(batch_id) is None):
             batch = index.batch(batch_id)
             if batch is not None:
                 index.refresh()
+                return index, batch
+        return None
+
+    def known_batch(self, batch_id: str) -> tuple[DatasetIndex, Batch] | None:
+        """As `batch`, by what this process knows already: no file is looked at, no lock taken."""
+        for index in tuple(self._indexes.values()):
+            batch = index.known_batch(batch_id)
+            if batch is not None:
                 return index, batch
         return None
 

@@ -54,6 +54,15 @@ class Context:
         running = self.live.running().get(batch.id, 0)
         return index.view(batch, running=running, now=utc_now())
 
+    def view_at_hand(self, caller: Principal, batch_id: str) -> BatchView | None:
+        """The state of a batch of the caller's; None where that may take a while to say."""
+        found = self.catalog.known_batch(batch_id)
+        running = self.live.running_at_hand()
+        if found is None or running is None or not may_handle(caller, found[1]):
+            return None
+        index, batch = found
+        return index.view_at_hand(batch, running=running.get(batch.id, 0), now=utc_now())
+
     def datasets(self, caller: Principal) -> list[DatasetIndex]:
         """The data sets that the caller reaches, by name."""
         return [index for index in self.catalog.datasets() if may_reach(caller, index)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from synthrep_shared.commit_log import CommitRecord, LogReader
 from synthrep_shared.errors import CommitLogError
+from synthrep_shared.messages import ShardView
 from synthrep_shared.storage import Location
 
 READ_BYTES = 64 << 10
@@ -123,3 +124,16 @@ class LogIndex:
         reader = LogReader(self._path, seq=self._mark_seqs[mark], offset=self._mark_offsets[mark])
         reader.seek(after)
         return reader
+
+
+def shard_view(record: CommitRecord) -> ShardView:
+    """The answer about a sealed shard."""
+    return ShardView(
+        seq=record.seq,
+        name=record.name,
+        sha256=record.sha256,
+        bytes=record.bytes,
+        groups=len(record.groups),
+        images=sum(group.images for group in record.groups),
+        created_at=record.created_at,
+    )

@@ -22,7 +22,7 @@ from synthrep_generator.intake import (
     read_headers,
     set_paused,
 )
-from synthrep_generator.log_index import LogIndex
+from synthrep_generator.log_index import LogIndex, shard_view
 from synthrep_generator.tally import Batch, Tally, Totals, batch_state
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader
 from synthrep_shared.messages import BatchView, DatasetView, ShardView
@@ -83,15 +83,18 @@ class DatasetIndex:
                 return
             started_at = time.monotonic()
             # The log first: a batch in it has its intake file already.
-            while records := self._reader.poll(self._index.read_bytes):
-                end = {"end_seq": self._reader.seq, "end_offset": self._reader.offset}
-                self._index.add(records, **end)
-                for record in records:
-                    self._tally.apply(record)
-            self._paused = list_paused(self.paths)
+            self._read_on()
             if started_at >= self._next_scan:
                 self.scan_intake()
             self._refreshed_at = started_at
+
+    def _read_on(self) -> None:
+        while records := self._reader.poll(self._index.read_bytes):
+            end = {"end_seq": self._reader.seq, "end_offset": self._reader.offset}
+            self._index.add(records, **end)
+            for record in records:
+                self._tally.apply(record)
+        self._paused = list_paused(self.paths)
 
     def scan_intake(self) -> None:
         """Take in what the intake folder gained; `refresh` does so now and then."""
@@ -124,9 +127,9 @@ class DatasetIndex:
         with self._lock:
             self._tally.register(header)
 
-    def has_seen(self, batch_id: str) -> bool:
-        """Whether the batch is known without a look at the intake folder."""
-        return batch_id in self._tally.batches
+    def known_batch(self, batch_id: str) -> Batch | None:
+        """The batch, if it is known without a look at the intake folder; takes no lock."""
+        return self._tally.batches.get(batch_id)
 
     def batch(self, batch_id: str) -> Batch | None:
         """The batch with this id, which must be a file name's part; None if there is none."""
@@ -178,6 +181,18 @@ class DatasetIndex:
             eta_s=eta_s,
             created_at=batch.created_at,
         )
+
+    def view_at_hand(self, batch: Batch, *, running: int, now: datetime) -> BatchView | None:
+        """As `refresh` and `view`, or None where that would take waiting or much reading."""
+        if self._reader.is_seekable or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            if self._reader.torn_bytes > self._index.read_bytes:
+                return None
+            self._read_on()
+            return self.view(batch, running=running, now=now)
+        finally:
+            self._lock.release()
 
     def dataset_view(self) -> DatasetView:
         """Counts of the data set."""
@@ -276,19 +291,6 @@ class DatasetIndex:
             self._writer = CommitLog(self.paths.log)
         self._writer.refresh()
         return self._writer
-
-
-def shard_view(record: CommitRecord) -> ShardView:
-    """The answer about a sealed shard."""
-    return ShardView(
-        seq=record.seq,
-        name=record.name,
-        sha256=record.sha256,
-        bytes=record.bytes,
-        groups=len(record.groups),
-        images=sum(group.images for group in record.groups),
-        created_at=record.created_at,
-    )
 
 
 def utc_now() -> datetime:
