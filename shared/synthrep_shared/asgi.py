@@ -28,6 +28,8 @@ _MAX_FIELD_ERRORS = 5
 _MAX_LENGTH_DIGITS = 19
 _PRINCIPAL = "principal"
 _SCHEME = "key"
+_ELSEWHERE = (b"cross-site", b"same-site")  # not this origin, says the browser
+_SAFE_METHODS = ("GET", "HEAD")
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
@@ -80,6 +82,7 @@ def validation_problem(errors: Iterable[MutableMapping[str, Any]]) -> ProblemRes
 class Guard:
     """Wraps an app: bearer keys, a cap on the body, security headers, no unhandled body.
 
+    What a browser sends for a page of another site changes nothing, key or not.
     `keys` are the accepted bearer keys (none: open); whose request it is, `principal_of` tells the
     app. Paths in `large_paths` have their own cap; `open_paths` need no key, as health checks do.
     """
@@ -118,6 +121,10 @@ class Guard:
         principal = self._keys.find(headers.get(b"authorization", b""))
         if principal is None and scope["path"] not in self._open_paths:
             problem = ProblemResponse(401, "send the header 'Authorization: Bearer <key>'")
+            await problem(scope, receive, send_with_headers)
+            return
+        if headers.get(b"sec-fetch-site") in _ELSEWHERE and scope["method"] not in _SAFE_METHODS:
+            problem = ProblemResponse(403, "a page of another site may not send this")
             await problem(scope, receive, send_with_headers)
             return
         scope.setdefault("state", {})[_PRINCIPAL] = principal

@@ -17,7 +17,7 @@ async def echo_length(scope, receive, send):
     await send({"type": "http.response.body", "body": str(size).encode()})
 
 
-def call(app, *, path="/", headers=(), chunks=(b"",)):
+def call(app, *, method="POST", path="/", headers=(), chunks=(b"",)):
     sent = []
     queue = [
         {"type": "http.request", "body": c, "more_body": i + 1 < len(chunks)}
@@ -30,7 +30,7 @@ def call(app, *, path="/", headers=(), chunks=(b"",)):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "headers": list(headers)}
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
     asyncio.run(app(scope, receive, send))
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
@@ -58,6 +58,21 @@ def test_only_a_configured_bearer_key_passes(header, status):
     headers = [] if header is None else [(b"authorization", header)]
     assert call(app, headers=headers)[0] == status
     assert call(app, path="/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "site", "status"),
+    [
+        ("POST", b"cross-site", 403),
+        ("POST", b"same-site", 403),
+        ("POST", b"same-origin", 200),
+        ("POST", b"none", 200),
+        ("GET", b"cross-site", 200),
+    ],
+)
+def test_a_page_of_another_site_changes_nothing(method, site, status):
+    app = Guard(echo_length, keys=(), max_body_bytes=10)
+    assert call(app, method=method, headers=[(b"sec-fetch-site", site)])[0] == status
 
 
 def test_every_answer_carries_security_headers():
