@@ -216,6 +216,16 @@ def test_a_refused_form_says_why_with_the_status_of_the_api(page):
     assert page.post("runs", dataset="birds", max_steps="soon").status_code == 422
 
 
+def test_a_full_disk_is_a_sentence(page, monkeypatch):
+    def fail(*_args: Any, **_settings: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("synthrep_trainer.runs.publish_bytes", fail)
+    answer = page.post("runs", dataset="birds", max_steps="30")
+    assert answer.status_code == 503
+    assert "<p>the storage does not answer</p>" in answer.text
+
+
 @pytest.mark.parametrize("body", [b"\xff", b"a=1&" * 101])
 def test_what_is_no_form_is_refused(page, body):
     for path in ("session", "runs", "preview/runs"):

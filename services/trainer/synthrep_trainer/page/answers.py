@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine
 from functools import partial, wraps
 from http import HTTPStatus
@@ -26,6 +27,7 @@ from synthrep_trainer.page.generator import Place
 from synthrep_trainer.page.rendering import render
 from synthrep_trainer.page.sections import Choice, Viewer
 
+_log = logging.getLogger(__name__)
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -100,6 +102,9 @@ class _HtmlRoute(APIRoute):
                 return _problem(request, 422, problems(error.errors()))
             except SynthRepError as error:
                 return _problem(request, 422, [str(error)])
+            except OSError as error:
+                _log.error("storage_failed", exc_info=error)
+                return _problem(request, 503, ["the storage does not answer"])
 
         return guarded
 
