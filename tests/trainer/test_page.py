@@ -198,6 +198,16 @@ def test_a_group_shows_provenance_images_and_is_rejected(page):
     assert "· rejected" in page.get("/page/parts/images")
 
 
+@pytest.mark.parametrize("status", [200, 302])
+def test_what_is_no_image_is_not_kept_as_one(make_page, status):
+    def speak(_request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, text="<html>", headers={"location": "http://elsewhere/"})
+
+    answer = make_page(transport=httpx.MockTransport(speak)).browser.get("/page/groups/00/images/0")
+    assert answer.status_code == 502
+    assert answer.headers["cache-control"] == "no-store"
+
+
 def test_captions_are_handed_in(page):
     answer = page.post("batches", dataset="birds", prompts="a bird\n\n two birds ", seed="")
     assert "2 captions accepted" in answer.text

@@ -53,8 +53,10 @@ def near(viewer: ViewerDep, gid: GroupId) -> HTMLResponse:
 def image(viewer: ViewerDep, gid: GroupId, index: Annotated[int, Path(ge=0, le=9999)]) -> Response:
     """One image, as it is stored."""
     data = viewer.ask(lambda client: client.image_bytes(gid, index))
-    found = (kind for signature, kind in _SIGNATURES if data.startswith(signature))
-    return Response(data, media_type=next(found, "application/octet-stream"), headers=_KEPT)
+    for signature, kind in _SIGNATURES:
+        if data.startswith(signature):
+            return Response(data, media_type=kind, headers=_KEPT)
+    raise HTTPException(502, "what came is no image")
 
 
 @router.post(PREFIX + "/groups/{gid}/reject", openapi_extra=needs("submit"))

@@ -97,7 +97,8 @@ class _HtmlRoute(APIRoute):
             except ServiceError as error:
                 if error.status == HTTPStatus.UNAUTHORIZED:  # the generator's word, not ours
                     return _problem(request, 403, ["the generator does not know this key"])
-                return _problem(request, error.status, [error.detail or error.title])
+                status = error.status if error.status >= HTTPStatus.BAD_REQUEST else 502
+                return _problem(request, status, [error.detail or error.title])
             except (RequestValidationError, ValidationError) as error:
                 return _problem(request, 422, problems(error.errors()))
             except SynthRepError as error:
