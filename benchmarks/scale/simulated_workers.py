@@ -35,6 +35,7 @@ from synthrep_generator.jobs import (
 from synthrep_generator.model_files import find_model
 from synthrep_generator.pipe import Finished, Raised
 from synthrep_generator.queues import WorkQueue
+from synthrep_generator.scheduling import work_in_stretches
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Outcome, Supervisor, Wish
 from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Pixels, Recipe
@@ -195,6 +196,7 @@ def serve(settings: GeneratorSettings, *, count: int, device_s: float) -> list[f
 def main() -> None:
     """Serve, then leave the times of the commits in the file OUT."""
     settings = GeneratorSettings()
+    work_in_stretches()  # as real ones do
     configure_logging("simulated-workers", "WARNING")
     append_s = serve(settings, count=int(sys.argv[1]), device_s=float(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(append_s))

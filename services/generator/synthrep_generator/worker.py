@@ -32,6 +32,7 @@ from synthrep_generator.failure_writer import Failure, record_failures
 from synthrep_generator.leases import Lease
 from synthrep_generator.pipe import Finished, Raised
 from synthrep_generator.queues import SOCKET_TIMEOUT_S, ChunkJob, WorkerView, WorkQueue
+from synthrep_generator.scheduling import work_in_stretches
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Crashed, Outcome, Supervisor, Wish
 from synthrep_shared.exposition import exposed
@@ -124,7 +125,7 @@ class ChunkWorker(Worker):
         is_full = is_disk_full(self._settings.root, self._settings.reserve_bytes)
         must_wait = time.monotonic() < self._rest_until or is_full
         state = "waiting" if must_wait else "idle" if is_ready else "starting"
-        if state != self._reported or self._is_time_to_report():
+        if state != self._reported or time.monotonic() >= self._report_at:
             self._report(state)
         if state != "idle":
             self._pause(_WAIT_S if must_wait else _START_WAIT_S)
@@ -178,7 +179,7 @@ class ChunkWorker(Worker):
         """Between two looks at the device: show life, and say if the run is to end."""
         self._heartbeat.beat("running")
         try:
-            if self._is_time_to_report():
+            if time.monotonic() >= self._report_at:
                 lease.renew()
                 self._report("running")
                 if execution is not None:
@@ -267,9 +268,6 @@ class ChunkWorker(Worker):
         self._busy_at = self._busy_at if self._reported == "idle" else time.monotonic()
         return 0 < self._settings.idle_exit_s < time.monotonic() - self._busy_at
 
-    def _is_time_to_report(self) -> bool:
-        return time.monotonic() >= self._report_at
-
     def _report(self, state: str) -> None:
         """Show this worker as live in a state; call a few times per lease and at its changes."""
         self._supervisor.figures.be(state)
@@ -284,6 +282,7 @@ class ChunkWorker(Worker):
 def main() -> int:
     """Serve until SIGTERM or SIGINT."""
     settings = GeneratorSettings()
+    work_in_stretches()
     configure_logging("generator-worker", settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
     prepare_root(settings.root)
