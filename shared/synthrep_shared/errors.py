@@ -2,6 +2,7 @@
 
 SynthRepError
 ├── StorageError          a path or file under the shard root cannot be used
+│   └── ShardContentError     a shard is not what its record in the log says
 ├── CommitLogError        the commit log is malformed or of an unknown version
 ├── AlreadyDecidedError   a group already has an outcome in the log
 └── ServiceError          a service answered with problem details (client side)
@@ -19,6 +20,10 @@ class SynthRepError(Exception):
 
 class StorageError(SynthRepError):
     """A path or file under the shard root cannot be used."""
+
+
+class ShardContentError(StorageError):
+    """A shard is not what its record in the commit log says."""
 
 
 class CommitLogError(SynthRepError):

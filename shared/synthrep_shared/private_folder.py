@@ -12,12 +12,12 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def make_private_folder(path: Path) -> Path:
-    """Make the folder where it is absent, and return it.
+    """Make the folder, and those above it, where they are absent, and return it.
 
     Raises StorageError if what is there is a link, somebody else's, or writable by others: they
     could put their files in the place of ours.
     """
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise StorageError(f"{path} is not a folder of user {os.getuid()}; remove it")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from synthrep_shared.errors import StorageError
+from synthrep_shared.errors import ShardContentError
 from synthrep_shared.storage import Location, StoredFile, list_files, spool_folder, temporary_path
 
 COPY_BYTES = 16 << 30
@@ -62,8 +62,9 @@ class ShardCopies:
     def path(self, name: str, *, sha256: str, num_bytes: int) -> Path:
         """The file of the shard that a record names; blocks while it is copied.
 
-        Raises FileNotFoundError if there is no such shard far away, StorageError if it is not
-        what the record says, and other OSErrors. A file of a local root is not looked at.
+        Raises FileNotFoundError if there is no such shard far away, ShardContentError if it is
+        not what the record says, and StorageError and other OSErrors where there is no place for
+        the copy. A file of a local root is not looked at.
         """
         shard = self._place.shards / name
         if isinstance(shard, Path):
@@ -78,7 +79,7 @@ class ShardCopies:
         written = temporary_path(folder, copy.name)
         try:
             if _copy(shard, written, num_bytes) != (num_bytes, sha256):
-                raise StorageError(f"{shard} is not what its record says")
+                raise ShardContentError(f"{shard} is not what its record says")
             written.replace(copy)
         finally:
             written.unlink(missing_ok=True)

@@ -50,3 +50,7 @@ def test_files_in_the_making_of_a_store_are_in_such_a_folder(
     spool_folder(root).parent.chmod(0o777)
     with pytest.raises(StorageError, match="others may write"):
         spool_folder(root)
+
+
+def test_the_folders_above_are_made_too(tmp_path: Path) -> None:
+    assert make_private_folder(tmp_path / "absent" / "a").is_dir()

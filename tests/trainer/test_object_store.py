@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from synthrep_shared.commit_log import read_log
+from synthrep_shared.errors import StorageError
 from synthrep_shared.object_store import ObjectPath
 from synthrep_shared.storage import spool_folder
 from synthrep_trainer.order import SamplingPlan
@@ -90,3 +91,17 @@ def test_a_bad_shard_goes_to_quarantine(
     assert stream.store.num_quarantined == 1
     good = [group for group in range(SHARDS * GROUPS) if group // GROUPS != 1]
     assert Counter(group for group, _, _ in drawn) == dict.fromkeys(good, 2)
+
+
+def test_trouble_with_the_place_for_copies_puts_no_shard_in_quarantine(
+    remote_maker: Any, tmp_path: Path
+) -> None:
+    remote_maker.commit(GROUPS)
+    place = spool_folder(remote_maker.paths.root)
+    place.chmod(0o777)
+    with pytest.raises(StorageError, match="others may write"):
+        images(ShardStream(remote_maker.paths, tmp_path / "run", PLAN), 1)
+    place.chmod(0o700)
+    stream = ShardStream(remote_maker.paths, tmp_path / "run", PLAN)
+    assert len(images(stream, 1)) == GROUPS
+    assert stream.store.num_quarantined == 0

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from synthrep_shared.commit_log import CommitRecord
-from synthrep_shared.errors import StorageError
+from synthrep_shared.errors import ShardContentError
 from synthrep_shared.shard_copies import COPY_BYTES, ShardCopies, ShardPlace
 from synthrep_shared.storage import publish_bytes
 from synthrep_trainer.errors import BadShardError
@@ -106,7 +106,7 @@ class ShardStore:
             path = self._copies.path(name, sha256=sha256, num_bytes=num_bytes)
         except FileNotFoundError:
             raise ShardMismatchError("the file is missing") from None
-        except StorageError as error:
+        except ShardContentError as error:
             raise ShardMismatchError(str(error)) from error
         return verify_shard(path, sha256=sha256, num_bytes=num_bytes, groups=groups)
 
