@@ -28,6 +28,7 @@ PID_FILE = "stack.pid"
 """Lies in the folder of a stack while it runs: whom `make down` tells to stop."""
 
 _PR_SET_PDEATHSIG = 1
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.25
@@ -106,7 +107,7 @@ class Stack:
         for port in (self._generator_port, self._trainer_port):
             _expect_free(port)
         # Explicit: a shell's background job inherits an ignored SIGINT, and SIGTERM must stop too.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _INTERRUPTS:
             signal.signal(number, signal.default_int_handler)
         try:
             self._start_all()
@@ -199,7 +200,7 @@ class Stack:
         environment = self._environment()
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with (self._logs / f"{name}.log").open("wb") as log:
+        with (self._logs / f"{name}.log").open("wb") as log, _interrupts_held_back():
             self._children[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -207,7 +208,7 @@ class Stack:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_prepare_child,
             )
 
     def _has_worker(self, http: httpx.Client) -> bool:
@@ -239,8 +240,10 @@ def _is_ok(http: httpx.Client, url: str) -> bool:
         return False
 
 
-def _die_with_parent() -> None:
+def _prepare_child() -> None:
+    """Between fork and exec: the child dies with its parent, and can be told to stop again."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -253,12 +256,21 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A second Ctrl-C must not leave children behind; stopping is bounded in time anyway."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    former = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+def _interrupts_held_back() -> Iterator[None]:
+    """Amid a fork a Ctrl-C would be lost, or the child with it; afterwards it still comes."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, former, strict=True):
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A second Ctrl-C must not leave children behind; stopping is bounded in time anyway."""
+    former = [signal.signal(number, signal.SIG_IGN) for number in _INTERRUPTS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(_INTERRUPTS, former, strict=True):
             signal.signal(number, handler)
