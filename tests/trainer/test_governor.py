@@ -22,11 +22,15 @@ class FakeGenerator:
         self.states = {"a": "running", "b": "queued", "c": "paused", "d": "completed"}
         self.gone: set[str] = set()
         self.is_up = True
+        self.answer: bytes | None = None
+        """Instead of any other one."""
         self.asked: list[str] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if not self.is_up:
             return httpx.Response(503)
+        if self.answer is not None:
+            return httpx.Response(200, content=self.answer)
         if request.method == "GET":
             assert request.url.params["dataset"] == "birds"
             items = [json.loads(self._view(batch)) for batch in self.states]
@@ -155,3 +159,26 @@ def test_a_generator_that_is_down_is_asked_again(make_governor, generator, stock
     generator.is_up = True
     make_governor().look()
     assert generator.states["a"] == "running"
+
+
+@pytest.mark.parametrize("answer", [b"<html>log in</html>", b"[]", b'{"items": [{}]}'])
+def test_an_answer_that_is_none_ends_neither_governor_nor_run(
+    make_governor, generator, stock, answer
+):
+    stock[0] = Pressure(500, is_waiting=False)
+    make_governor().look()
+    stock[0] = Pressure(0, is_waiting=False)
+    generator.answer = answer
+    with make_governor(interval_s=0.01) as governor:
+        time.sleep(0.05)
+        generator.answer = None
+        deadline = time.monotonic() + 20
+        while generator.states["a"] != "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        stock[0] = Pressure(500, is_waiting=False)
+        while generator.states["a"] != "paused":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        generator.answer = answer
+    assert governor.pauses > 0

@@ -216,6 +216,23 @@ def test_trouble_is_waited_out_as_the_generator_asks(shard_maker, generator, fol
         assert stream.store.num_quarantined == 0
 
 
+def test_an_answer_that_is_no_page_of_records_is_waited_out(
+    shard_maker, generator, follow, tmp_path
+):
+    answers = [b"<html>log in</html>", b"[]", b"{}", b'{"items": [{}, 1]', b""]
+
+    def trouble(path):
+        return Response(answers.pop()) if path.endswith("/records") and answers else None
+
+    generator.trouble = trouble
+    shard_maker.commit(4)
+    with follow() as (place, reader):
+        stream = make_stream(place, tmp_path / "run", reader=reader)
+        stopped = time.monotonic() + LIMIT_S
+        assert stream.next_batch(lambda: time.monotonic() > stopped) is not None
+    assert not answers
+
+
 def test_a_shard_that_arrives_changed_or_not_at_all_goes_to_quarantine(
     shard_maker, generator, follow, tmp_path
 ):

@@ -79,8 +79,9 @@ class Governor:
     def _try(self, ask: Callable[[], None]) -> None:
         try:
             ask()
-        except (ServiceError, OSError) as error:
-            _log.warning("generator_not_governed", extra={"reason": str(error)})
+        except Exception as error:  # whatever was answered: generation is a matter of its own
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning("generator_not_governed", extra={"reason": reason})
 
     def _hold(self) -> None:
         batches = self._client.batches(self._dataset)

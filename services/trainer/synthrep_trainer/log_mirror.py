@@ -145,9 +145,10 @@ class LogMirror:
             except (LogChangedError, CommitLogError) as error:
                 self._error = error
                 return
-            except OSError as error:
+            except Exception as error:  # no disk space, say, or the page of a proxy for an answer
                 if not self._stop.is_set():
-                    _log.warning("source_not_mirrored", extra={"reason": str(error)})
+                    reason = f"{type(error).__name__}: {error}"
+                    _log.warning("source_not_mirrored", extra={"reason": reason})
             self._wake.wait(self._poll_s)
 
     def _listen(self) -> None:
