@@ -445,3 +445,9 @@ def test_a_run_shows_how_many_shards_it_leaves_out(api, place):
     (run.path / "quarantine").mkdir()
     (run.path / "quarantine" / "3.json").write_text("{}")
     assert api.get(f"/v1/runs/{run.id}").json()["shards_quarantined"] == 1
+
+
+def test_a_run_of_another_version_keeps_no_new_one_out(api, place):
+    odd = place.submit_run(RunRequest(**RUN))
+    (odd.path / "status.json").write_text('{"version": 2}')
+    assert api.post("/v1/runs", json=RUN).status_code == 202

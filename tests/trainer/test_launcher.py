@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.jobs import ProbeJob, RunJob
 from synthrep_trainer.launcher import Launcher
 from synthrep_trainer.records import Wanted
-from synthrep_trainer.runs import Workplace, is_locked
+from synthrep_trainer.runs import RunFolder, Workplace, is_locked
 from synthrep_trainer.settings import TrainerSettings
 
 LIMIT_S = 120
@@ -210,12 +212,91 @@ def test_checkpoints_call_for_probes(launcher, place, child_does):
     assert {r.run_id for r in asked} == {run.id}
 
 
-def test_a_request_of_another_version_does_not_stop_the_rest(launcher, place, child_does):
+def test_probes_that_storage_let_through_in_part_are_asked_for_once(
+    launcher, place, child_does, monkeypatch
+):
+    child_does(COMPLETE)
+    run = submit(place, probe_every=4, probe_datasets=["digits", "emoji"])
+    launcher._settings = launcher._settings.model_copy(update={"max_probes": 0})
+    submit_probe, calls = Workplace.submit_probe, []
+
+    def flaky(self, request, **given):
+        calls.append(request)
+        if len(calls) in (2, 4):
+            raise OSError(errno.ENOSPC, "full")
+        return submit_probe(self, request, **given)
+
+    monkeypatch.setattr(Workplace, "submit_probe", flaky)
+    sweep_until(launcher, lambda: run.state == "completed")
+    assert sorted(probe.record.request.dataset for probe in place.probes()) == ["digits", "emoji"]
+
+
+@pytest.mark.parametrize("name", ["request.json", "status.json", "wanted.json"])
+def test_a_file_of_another_version_does_not_stop_the_rest(launcher, place, child_does, name):
     child_does(COMPLETE)
     odd, run = submit(place), submit(place)
-    (odd.path / "request.json").write_text("{}")
+    (odd.path / name).write_text('{"version": 2}')
     sweep_until(launcher, lambda: run.state == "completed")
-    assert odd.state == "queued"
+    assert starts(odd) == 0
+
+
+def test_a_file_that_turns_unreadable_stops_no_other_child(launcher, place, child_does):
+    child_does(WAIT)
+    odd, run = submit(place), submit(place)
+    sweep_until(launcher, lambda: (odd.path / "ready").exists() and (run.path / "ready").exists())
+    (odd.path / "wanted.json").write_text('{"version": 2}')
+    run.write_wanted(Wanted(verb="stop"))
+    sweep_until(launcher, lambda: run.state == "paused")
+    assert launcher.failed_sweeps._value.get() > 0
+    (odd.path / "wanted.json").unlink()
+
+
+def test_a_deleted_run_ends_its_child_and_makes_room(settings, place, child_does):
+    launcher = Launcher(settings.model_copy(update={"max_runs": 1}))
+    child_does(DEAF)
+    gone = submit(place)
+    sweep_until(launcher, lambda: (gone.path / "ready").exists())
+    shutil.rmtree(gone.path)
+    child_does(COMPLETE)
+    run = submit(place)
+    sweep_until(launcher, lambda: run.state == "completed")
+    launcher.close()
+
+
+def test_a_run_that_storage_refuses_keeps_no_other_one_waiting(
+    launcher, place, child_does, monkeypatch
+):
+    child_does(COMPLETE)
+    refused, run = submit(place), submit(place)
+    write_status = RunFolder.write_status
+
+    def refuse(folder, status):
+        if folder.id == refused.id:
+            raise OSError(errno.EROFS, "read-only")
+        write_status(folder, status)
+
+    monkeypatch.setattr(RunFolder, "write_status", refuse)
+    sweep_until(launcher, lambda: run.state == "completed")
+    assert not is_locked(refused.lease)
+    monkeypatch.setattr(RunFolder, "write_status", write_status)
+    sweep_until(launcher, lambda: refused.state == "completed")
+
+
+def test_closing_ends_although_no_status_can_be_written(settings, place, child_does, monkeypatch):
+    launcher = Launcher(settings.model_copy(update={"grace_s": 0.1}))
+    child_does(DEAF)
+    run = submit(place)
+    sweep_until(launcher, lambda: (run.path / "ready").exists())
+    pid = launcher._jobs[0]._child.pid
+
+    def refuse(folder, status):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(RunFolder, "write_status", refuse)
+    monkeypatch.setattr("synthrep_trainer.launcher._PARTING_S", 0.5)
+    launcher.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_sigterm_ends_the_launcher_and_its_children_within_the_grace(settings, place):

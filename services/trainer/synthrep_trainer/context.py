@@ -72,6 +72,10 @@ class Context:
         found = self.place.run(run_id)
         return found is not None and caller.owns(found.record.owner)
 
+    def num_queued(self, folders: Sequence[F]) -> int:
+        """How many of them wait for a launcher, but for those that this version cannot read."""
+        return readable(lambda folder: folder.state, folders).count("queued")
+
     def earlier_run(
         self, caller: Principal, key: str | None, request: RunRequest
     ) -> RunFolder | None:

@@ -35,11 +35,12 @@ class Job(ABC):
 
     def claim(self) -> bool:
         """Take the lease and say so in the status; False if another process has it."""
-        if not self._lease.enter_context(locked(self.folder.lease)):
-            self._lease.close()
-            return False
-        self.folder.write_status(Status(state="running", attempt=self.attempt))
-        self._progress = self._measure_progress()
+        with contextlib.ExitStack() as lease:
+            if not lease.enter_context(locked(self.folder.lease)):
+                return False
+            self.folder.write_status(Status(state="running", attempt=self.attempt))
+            self._progress = self._measure_progress()
+            self._lease = lease.pop_all()
         _log.info("request_claimed", extra={"id": self.folder.id, "attempt": self.attempt})
         return True
 
@@ -48,7 +49,10 @@ class Job(ABC):
         self._is_to_stop = True
 
     def look_after(self) -> bool:
-        """Start, watch or stop the child; False once the request's last status is written."""
+        """Start, watch or stop the child; False once the request's last status is written, or
+        somebody deleted its folder."""
+        if not self.folder.lease.exists():
+            return self._abandon()
         is_wanted = self._is_wanted() and not self._is_to_stop
         if self._child is None:
             if not is_wanted:
@@ -90,6 +94,13 @@ class Job(ABC):
         self.folder.write_status(Status(state=state, attempt=self.attempt, error=error))
         self._lease.close()
         _log.info("request_ended", extra={"id": self.folder.id, "state": state})
+        return False
+
+    def _abandon(self) -> bool:
+        if self._child is not None:
+            self._child.kill()
+        self._lease.close()
+        _log.error("request_deleted", extra={"id": self.folder.id})
         return False
 
     def _is_wanted(self) -> bool:
@@ -150,7 +161,8 @@ class RunJob(Job):
         if step // every > self._probed_step // every:
             for dataset in self._record.request.probe_datasets:
                 request = ProbeRequest(run_id=self.folder.id, dataset=dataset)
-                self._place.submit_probe(request, owner=self._record.owner)
+                key = f"{self.folder.id} {step} {dataset}"  # if storage ends this half-way
+                self._place.submit_probe(request, owner=self._record.owner, key=key)
         self._probed_step = max(step, self._probed_step)
 
     def _newest_step(self) -> int:

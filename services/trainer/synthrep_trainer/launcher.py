@@ -29,6 +29,7 @@ from synthrep_trainer.settings import TrainerSettings
 
 _log = logging.getLogger(__name__)
 _PREFIX = "synthrep_trainer_launcher_"
+_PARTING_S = 2.0  # past the grace of the children
 
 
 class Launcher:
@@ -43,7 +44,9 @@ class Launcher:
         self.registry = make_registry()
         count = partial(Counter, registry=self.registry)
         self.sweeps = count(_PREFIX + "sweeps", "Looks at requests and children.")
-        self.failed_sweeps = count(_PREFIX + "failed_sweeps", "Looks that storage ended.")
+        self.failed_sweeps = count(
+            _PREFIX + "failed_sweeps", "Looks at all requests, or at one, that storage ended."
+        )
         children = Gauge(_PREFIX + "jobs", "Requests in hand.", ["kind"], registry=self.registry)
         for kind, job_type in (("run", RunJob), ("probe", ProbeJob)):
             children.labels(kind).set_function(partial(self._count, job_type))
@@ -53,18 +56,19 @@ class Launcher:
         self._look_after()
         room = self._settings.max_runs - self._count(RunJob)
         for run in self._place.runs():
-            if room > 0 and run.state == "queued" and self._claim(run):
+            if room > 0 and self._claim(run):
                 room -= 1
         room = self._settings.max_probes - self._count(ProbeJob)
         for probe in self._place.probes():
-            if room > 0 and probe.state == "queued" and self._claim(probe):
+            if room > 0 and self._claim(probe):
                 room -= 1
 
     def close(self) -> None:
         """Stop the children and give the leases back; takes up to the grace period."""
         for job in self._jobs:
             job.stop()
-        while self._jobs:
+        deadline = time.monotonic() + self._settings.grace_s + _PARTING_S
+        while self._jobs and time.monotonic() < deadline:
             self._look_after()
             time.sleep(0.02)
 
@@ -73,7 +77,12 @@ class Launcher:
 
     def _look_after(self) -> None:
         for job in list(self._jobs):
-            if not job.look_after():
+            try:
+                is_done = not job.look_after()
+            except (OSError, ValidationError):
+                self._note_failure("request_not_looked_after", job.folder)
+                continue
+            if is_done:
                 self._jobs.remove(job)
 
     def _claim(self, folder: RunFolder | ProbeFolder) -> bool:
@@ -81,18 +90,28 @@ class Launcher:
             return False
         job: Job
         try:
+            if folder.state != "queued":
+                return False
             if isinstance(folder, RunFolder):
                 job = RunJob(folder, self._settings, self._place)
             else:
                 job = ProbeJob(folder, self._settings)
+            is_ours = job.claim()
         except ValidationError:
             self._unreadable.add(folder.path)
             _log.exception("request_unreadable", extra={"id": folder.id})
             return False
-        if not job.claim():
+        except OSError:
+            self._note_failure("request_not_claimed", folder)
             return False
-        self._jobs.append(job)
-        return True
+        if is_ours:
+            self._jobs.append(job)
+        return is_ours
+
+    def _note_failure(self, what: str, folder: RunFolder | ProbeFolder) -> None:
+        """One request, on a full disk say, keeps no other one waiting; the next sweep looks again."""
+        self.failed_sweeps.inc()
+        _log.exception(what, extra={"id": folder.id})
 
 
 def main() -> None:
@@ -112,7 +131,7 @@ def main() -> None:
                 launcher.sweeps.inc()
             except OSError:
                 launcher.failed_sweeps.inc()
-                _log.exception("sweep_failed")  # a full disk, say; the next sweep tries again
+                _log.exception("sweep_failed")  # no folder of requests, say
             stop.wait(settings.sweep_s)
         launcher.close()
     _log.info("launcher_stopped")

@@ -73,7 +73,7 @@ def _check(context: Context, caller: Principal, request: ProbeRequest) -> None:
             raise HTTPException(
                 422, "there is no such checkpoint, see GET /v1/runs/{id}/checkpoints"
             )
-    if context.place.num_queued_probes() >= context.settings.max_queued:
+    if context.num_queued(context.place.probes()) >= context.settings.max_queued:
         raise too_many("too many probes are queued")
 
 

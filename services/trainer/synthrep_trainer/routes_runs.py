@@ -90,7 +90,7 @@ def _check(context: Context, caller: Principal, request: RunRequest) -> None:
     processes = context.settings.processes_per_run
     if request.captions_per_batch % processes:
         raise HTTPException(422, f"captions_per_batch must be a multiple of {processes}")
-    if context.place.num_queued_runs() >= context.settings.max_queued:
+    if context.num_queued(context.place.runs()) >= context.settings.max_queued:
         raise too_many("too many runs are queued")
 
 

@@ -213,14 +213,6 @@ class Workplace:
         found = self._runs / match[1] / "checkpoints" / match[2] if match else None
         return found if found and (found / MANIFEST).exists() else None
 
-    def num_queued_runs(self) -> int:
-        """Runs that wait for a launcher."""
-        return sum(folder.state == "queued" for folder in self.runs())
-
-    def num_queued_probes(self) -> int:
-        """Probes that wait for a launcher."""
-        return sum(folder.state == "queued" for folder in self.probes())
-
     def runs(self) -> list[RunFolder]:
         """All runs, oldest first."""
         return _list(self._runs, RunFolder)
