@@ -4,6 +4,7 @@
     generator     what the page asks the generator, over REST and with the viewer's own key
     figures       numbers over steps to curves
     probe_charts  probes to scores over checkpoints, against what they have to beat
+    comparisons   reports to tables of rows by labelled sets
     feature_map   a run's images on a plane
     sections      what each part of the page shows to one viewer
     forms         a form becomes the request that any client would send, and its curl command

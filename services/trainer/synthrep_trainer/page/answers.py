@@ -26,6 +26,7 @@ from synthrep_trainer.page.forms import problems
 from synthrep_trainer.page.generator import Place
 from synthrep_trainer.page.rendering import render
 from synthrep_trainer.page.sections import Choice, Viewer
+from synthrep_trainer.routes_comparisons import NAME_PATTERN
 
 _log = logging.getLogger(__name__)
 _HEADERS = {
@@ -125,9 +126,10 @@ async def _choice(
     dataset: Annotated[str | None, Query(pattern=DATASET_PATTERN)] = None,
     before: Annotated[str | None, Query(pattern=_PLACE)] = None,
     older_runs: Annotated[str | None, Query(max_length=128)] = None,
+    comparison: Annotated[str | None, Query(pattern=NAME_PATTERN)] = None,
 ) -> Choice:
     place = Place(*map(int, before.split("."))) if before else None
-    return Choice(run, dataset, place, older_runs)
+    return Choice(run, dataset, place, older_runs, comparison)
 
 
 async def _form(request: Request) -> bytes:

@@ -22,12 +22,15 @@ from synthrep_shared.messages import DatasetView, RunView
 from synthrep_trainer.context import Context, newest_first, readable
 from synthrep_trainer.errors import RunError
 from synthrep_trainer.feature_maps import read_feature_map
+from synthrep_trainer.page.comparisons import newest_names, read_table
 from synthrep_trainer.page.door import Keys
 from synthrep_trainer.page.feature_map import drawing
 from synthrep_trainer.page.figures import curve, thinned_metrics
 from synthrep_trainer.page.generator import Generation, Generator, GroupPage, Place
 from synthrep_trainer.page.probe_charts import charts, judged_by
 from synthrep_trainer.page.rendering import render
+from synthrep_trainer.problems import not_found
+from synthrep_trainer.routes_comparisons import SUFFIX, reports
 from synthrep_trainer.runs import RunFolder
 from synthrep_trainer.views import probe_view, run_view
 
@@ -39,6 +42,7 @@ _WORKERS_SHOWN = 8
 _GROUPS_SHOWN = 12
 _LINKS_SHOWN = 6
 _NEIGHBOURS_SHOWN = 8
+_COMPARISONS_LISTED = 50
 _CURVES = (
     ("loss", "Loss"),
     ("effective_rank", "Effective rank"),
@@ -56,10 +60,12 @@ class Choice:
     """Groups older than this one; None follows the newest as they come."""
     older_runs: str | None = None
     """Cursor of the list of runs."""
+    comparison: str | None = None
 
     def query(self, **changes: Any) -> str:
         """The address with some of it changed; without `before`, unless that is given."""
-        picks = {"run": self.run, "dataset": self.dataset, "older_runs": self.older_runs} | changes
+        names = ("run", "dataset", "older_runs", "comparison")
+        picks = {name: getattr(self, name) for name in names} | changes
         return urlencode({name: value for name, value in picks.items() if value})
 
 
@@ -229,6 +235,22 @@ def probes(viewer: Viewer, choice: Choice) -> str:
     )
 
 
+def comparisons(viewer: Viewer, choice: Choice) -> str:
+    """The table of the chosen comparison, or of the newest; raises 404."""
+    folder = reports(viewer.context)
+    names = newest_names(folder, _COMPARISONS_LISTED)
+    name, table = choice.comparison or next(iter(names), None), None
+    if name is not None:
+        try:
+            table = read_table(folder / f"{name}{SUFFIX}")
+        except FileNotFoundError:
+            raise not_found("comparison") from None
+    return render(
+        "comparisons.html", names=names, name=name, table=table, choice=choice,
+        max_links=_LINKS_SHOWN,
+    )  # fmt: skip
+
+
 def feature_map(viewer: Viewer, choice: Choice) -> str:
     """The chosen run's images as its newest judged checkpoint sees them."""
     run = viewer.picked_run(choice)
@@ -256,6 +278,7 @@ PARTS: Mapping[str, Callable[[Viewer, Choice], str]] = {
     "generation": generation,
     "runs": runs,
     "probes": probes,
+    "comparisons": comparisons,
     "map": feature_map,
 }
 """By name, in the order in which they stand; each is kept fresh while the page is open."""
