@@ -121,6 +121,14 @@ def test_a_signal_is_named(launcher, place, child_does):
     assert run.status.error.startswith("killed by SIGSEGV")
 
 
+def test_a_full_disk_is_waited_out_however_long(launcher, place, child_does, monkeypatch):
+    child_does("save(10) if count > 6 else sys.exit(os.EX_CANTCREAT)")
+    monkeypatch.setattr("synthrep_trainer.jobs._ROOM_S", 0.01)
+    run = submit(place)
+    sweep_until(launcher, lambda: run.state in ("completed", "failed"))
+    assert (run.state, starts(run)) == ("completed", 7)
+
+
 def test_a_permanent_failure_is_not_retried(launcher, place, child_does):
     child_does("folder.write_failure(Failure(error='loss is nan', is_permanent=True)); sys.exit(1)")
     run = submit(place)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+import signal
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +50,44 @@ def test_a_resumed_run_writes_its_steps_again(path):
     writer.close()
     assert [entry["step"] for entry in read_metrics(path, after=98, limit=9)] == [99, 100, 101]
     assert last_metrics(path)["step"] == 101
+
+
+def test_a_line_that_finds_no_room_is_none(path):
+    size = path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = MetricsWriter(path, step=119)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, limits[1]))
+        with pytest.raises(OSError, match="short write") as caught:
+            writer.write(line(120))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert caught.value.errno == errno.ENOSPC
+    assert path.stat().st_size == size
+    writer.write(line(120))
+    writer.close()
+    assert [entry["step"] for entry in read_metrics(path, after=118, limit=9)] == [119, 120]
+
+
+def test_going_on_reads_little_of_what_is_there(path, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", None)
+    MetricsWriter(path, step=60).close()
+    assert last_metrics(path)["step"] == 60
+
+
+def test_a_reader_stays_with_the_file_that_it_opened(path, monkeypatch):
+    opened = []
+    real = Path.open
+
+    def open_once(self, *args, **given):
+        opened.append(self)
+        return real(self, *args, **given)
+
+    monkeypatch.setattr(Path, "open", open_once)
+    assert len(read_metrics(path, after=100, limit=5)) == 5
+    assert len(opened) == 1
 
 
 def test_before_the_first_step_there_are_none(tmp_path):

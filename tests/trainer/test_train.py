@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,11 +20,12 @@ from synthrep_cli.stack import free_port
 from synthrep_shared.messages import RunRequest
 from synthrep_trainer import train
 from synthrep_trainer.checkpoint_folders import list_checkpoints
+from synthrep_trainer.child import DISK_FULL
 from synthrep_trainer.errors import BadShardError, NonFiniteLossError, RunBusyError
 from synthrep_trainer.learner import Learner
 from synthrep_trainer.metrics import read_metrics
 from synthrep_trainer.recorder import RunRecorder
-from synthrep_trainer.runs import Workplace, locked
+from synthrep_trainer.runs import RunFolder, Workplace, locked
 from synthrep_trainer.settings import TrainerSettings
 
 LIMIT_S = 200
@@ -315,6 +317,16 @@ def test_what_cannot_be_built_fails_for_good_and_says_why(submit, call_main, fie
     assert call_main(run) == 1
     assert words in run.failure.error
     assert run.failure.is_permanent
+
+
+def test_a_full_disk_says_so_by_its_exit_status(submit, call_main, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(train, "run", full)
+    assert call_main(submit()) == DISK_FULL
+    monkeypatch.setattr(RunFolder, "write_failure", full)
+    assert call_main(submit()) == DISK_FULL
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(shard_maker, submit, call_main):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+DISK_FULL = os.EX_CANTCREAT
+"""Exit status of a process that found no room: to be started again until there is some."""
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 2000
 _TAIL_LINES = 12
@@ -72,6 +75,12 @@ class Child:
             log.seek(max(self._log_begin, size - _TAIL_BYTES))
             tail = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
         return "; last words:\n".join(filter(None, [how, "\n".join(tail)]))
+
+
+def exit_status_after(error: Exception) -> int:
+    """The exit status of a process that such an error ends."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return DISK_FULL if is_full else 1
 
 
 def _die_with_parent() -> None:

@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 
 from synthrep_shared.messages import ProbeRequest, State
 from synthrep_trainer.checkpoint_folders import list_checkpoints
-from synthrep_trainer.child import Child
+from synthrep_trainer.child import DISK_FULL, Child
 from synthrep_trainer.records import Status
 from synthrep_trainer.runs import ProbeFolder, RunFolder, Workplace, locked
 from synthrep_trainer.settings import TrainerSettings
 
 _log = logging.getLogger(__name__)
+_ROOM_S = 20.0  # between two looks whether there is room again
 
 
 class Job(ABC):
@@ -77,6 +78,8 @@ class Job(ABC):
             return self._end("completed")
         if child.is_stopping:
             return self._end("queued" if self._is_wanted() else "paused")
+        if status == DISK_FULL:
+            return self._start_again(_ROOM_S)
         failure = self.folder.failure
         error = failure.error if failure else child.last_words()
         progress = self._measure_progress()
@@ -85,8 +88,11 @@ class Job(ABC):
         _log.error("child_failed", extra={"id": self.folder.id, "error": error})
         if (failure and failure.is_permanent) or self._restarts >= self._settings.max_restarts:
             return self._end("failed", error)
-        self._start_at = time.monotonic() + self._settings.sweep_s * 2**self._restarts
         self._restarts += 1
+        return self._start_again(self._settings.sweep_s * 2 ** (self._restarts - 1))
+
+    def _start_again(self, pause_s: float) -> bool:
+        self._start_at = time.monotonic() + pause_s
         self._child = None
         return True
 

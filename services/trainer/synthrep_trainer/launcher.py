@@ -109,7 +109,7 @@ class Launcher:
         return is_ours
 
     def _note_failure(self, what: str, folder: RunFolder | ProbeFolder) -> None:
-        """One request, on a full disk say, keeps no other one waiting; the next sweep looks again."""
+        """One request keeps no other one waiting; the next sweep looks again."""
         self.failed_sweeps.inc()
         _log.exception(what, extra={"id": folder.id})
 

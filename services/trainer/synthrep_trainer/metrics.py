@@ -5,15 +5,14 @@ Needs no torch: the train process writes, the API reads while it does.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
-
-from synthrep_shared.storage import publish_bytes
 
 _TAIL_BYTES = 16 << 10  # longer than any line
 
@@ -63,13 +62,18 @@ class MetricsWriter:
     """Appends to `metrics.jsonl`, after dropping what it has of steps after `step`."""
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = path.read_bytes()[: _offset_after(path, step)] if path.exists() else b""
-        publish_bytes(kept, path, replace=True)
+        if path.exists():
+            with path.open("rb") as stream:
+                os.truncate(path, _offset_after(stream, step))
         self._stream = path.open("ab", buffering=0)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append one line; a reader sees it at once."""
-        self._stream.write(metrics.model_dump_json().encode() + b"\n")
+        """Append one line, or nothing and raise OSError; a reader sees it at once."""
+        line = metrics.model_dump_json().encode() + b"\n"
+        before = self._stream.tell()
+        if self._stream.write(line) != len(line):
+            self._stream.truncate(before)
+            raise OSError(errno.ENOSPC, "short write to the metrics")
 
     def close(self) -> None:
         """Close the file."""
@@ -82,7 +86,7 @@ def read_metrics(path: Path, *, after: int, limit: int) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = []
     with path.open("rb") as stream:
-        stream.seek(_offset_after(path, after))
+        stream.seek(_offset_after(stream, after))
         while len(found) < limit:
             line = stream.readline()
             if not line.endswith(b"\n"):
@@ -103,20 +107,19 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
     return dict(json.loads(lines[-1])) if lines else None
 
 
-def _offset_after(path: Path, step: int) -> int:
+def _offset_after(stream: BinaryIO, step: int) -> int:
     """Byte offset of the first line of a later step, by bisection: steps only rise."""
-    with path.open("rb") as stream:
-        low, high = 0, os.fstat(stream.fileno()).st_size  # the line wanted begins in [low, high]
-        while low < high:
-            middle = (low + high) // 2
-            stream.seek(middle)
-            if middle:
-                stream.seek(middle - 1)
-                stream.readline()  # to the first line that begins at or after middle
-            begin = stream.tell()
-            line = stream.readline()
-            if line.endswith(b"\n") and begin < high and json.loads(line)["step"] <= step:
-                low = begin + len(line)
-            else:
-                high = middle
+    low, high = 0, os.fstat(stream.fileno()).st_size  # the line wanted begins in [low, high]
+    while low < high:
+        middle = (low + high) // 2
+        stream.seek(middle)
+        if middle:
+            stream.seek(middle - 1)
+            stream.readline()  # to the first line that begins at or after middle
+        begin = stream.tell()
+        line = stream.readline()
+        if line.endswith(b"\n") and begin < high and json.loads(line)["step"] <= step:
+            low = begin + len(line)
+        else:
+            high = middle
     return low

@@ -9,6 +9,7 @@ same encoder as it was before its first step. Any checkpoint will do, also of a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -25,6 +26,7 @@ from synthrep_shared.storage import publish_bytes
 from synthrep_trainer.augment import normalise
 from synthrep_trainer.checkpoint import Checkpoint, Weights, load_checkpoint, load_newest
 from synthrep_trainer.checkpoint_folders import open_checkpoint
+from synthrep_trainer.child import exit_status_after
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.encoder import Encoder, EncoderConfig, make_encoder
 from synthrep_trainer.errors import NoCheckpointError
@@ -186,8 +188,9 @@ def main() -> None:
     except Exception as error:
         _log.exception("probe_failed", extra={"probe": folder.id})
         words = f"{type(error).__name__}: {error}"
-        folder.write_failure(Failure(error=words, is_permanent=isinstance(error, _PERMANENT)))
-        sys.exit(1)
+        with contextlib.suppress(OSError):
+            folder.write_failure(Failure(error=words, is_permanent=isinstance(error, _PERMANENT)))
+        sys.exit(exit_status_after(error))
     _log.info("probe_ended", extra={"probe": folder.id})
 
 

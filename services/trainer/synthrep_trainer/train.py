@@ -28,6 +28,7 @@ from synthrep_shared.tracing import make_tracer
 from synthrep_trainer import distributed, recipe
 from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
+from synthrep_trainer.child import exit_status_after
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, TrainingStoppedError
 from synthrep_trainer.governor import Governor
@@ -181,8 +182,9 @@ def main() -> None:
         _log.exception("training_failed", extra={"run": folder.id})
         is_permanent = isinstance(error, _PERMANENT) and not isinstance(error, RunBusyError)
         words = f"{type(error).__name__}: {error}"
-        folder.write_failure(Failure(error=words, is_permanent=is_permanent))
-        sys.exit(1)
+        with contextlib.suppress(OSError):
+            folder.write_failure(Failure(error=words, is_permanent=is_permanent))
+        sys.exit(exit_status_after(error))
     _log.info("training_ended", extra={"run": folder.id, "is_completed": is_completed})
 
 
