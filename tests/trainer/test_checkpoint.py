@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,11 +91,34 @@ def test_old_checkpoints_go_and_those_at_multiples_stay(tmp_path):
     for step in range(1, 11):
         save_checkpoint(tmp_path, step, PARTS, STATE)
     (tmp_path / ".step-000000011.1.ff.part").mkdir()
-    retire_checkpoints(tmp_path, keep=2, keep_every=4)
+    retire_checkpoints(tmp_path, step=10, keep=2, keep_every=4)
     assert [c.step for c in list_checkpoints(tmp_path)] == [4, 8, 9, 10]
     assert not list(tmp_path.glob(".*"))
-    retire_checkpoints(tmp_path, keep=1, keep_every=0)
+    retire_checkpoints(tmp_path, step=10, keep=1, keep_every=0)
     assert [c.step for c in list_checkpoints(tmp_path)] == [10]
+
+
+def test_a_run_that_went_back_before_broken_checkpoints_keeps_what_it_saves(tmp_path):
+    for step in (30, 40):
+        (save_checkpoint(tmp_path, step, PARTS, STATE) / "state.json").write_text("{")
+    for step in (10, 20):
+        save_checkpoint(tmp_path, step, PARTS, STATE)
+        retire_checkpoints(tmp_path, step=step, keep=1, keep_every=0)
+        assert load_newest(tmp_path).step == step
+    assert [c.step for c in list_checkpoints(tmp_path)] == [20, 30, 40]
+
+
+def test_a_disk_that_cannot_be_read_does_not_pass_for_a_run_without_checkpoints(
+    tmp_path, monkeypatch
+):
+    save_checkpoint(tmp_path, 7, PARTS, STATE)
+
+    def read_bytes(path):
+        raise OSError(errno.EIO, "trouble")
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(OSError, match="trouble"):
+        load_newest(tmp_path)
 
 
 _SAVE_FOR_EVER = """
@@ -105,7 +130,7 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 for step in range(1, 10_000):
     save_checkpoint(folder, step, {"encoder": {"w": torch.full((20_000,), float(step))}}, {})
-    retire_checkpoints(folder, keep=2, keep_every=0)
+    retire_checkpoints(folder, step=step, keep=2, keep_every=0)
     print(step, flush=True)
 """
 

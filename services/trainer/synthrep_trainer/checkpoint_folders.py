@@ -73,11 +73,14 @@ class CheckpointFolder:
 
 
 def open_checkpoint(path: Path) -> CheckpointFolder:
-    """The checkpoint at `path`; raises NoCheckpointError if it has no valid manifest."""
+    """The checkpoint at `path`; raises NoCheckpointError if it has no valid manifest.
+
+    Other OSErrors come as they are: a disk that cannot be read says nothing about the checkpoint.
+    """
     try:
         data = (path / MANIFEST).read_bytes()
         manifest = Manifest.model_validate_json(data)
-    except (OSError, ValidationError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValidationError) as error:
         raise NoCheckpointError(f"{path} has no readable manifest") from error
     if manifest.version != VERSION:
         raise NoCheckpointError(f"{path}: version {manifest.version} is not {VERSION}")
@@ -124,14 +127,17 @@ def publish_checkpoint(folder: Path, files: dict[str, bytes], manifest: Manifest
     return final
 
 
-def retire_checkpoints(folder: Path, *, keep: int, keep_every: int) -> None:
+def retire_checkpoints(folder: Path, *, step: int, keep: int, keep_every: int) -> None:
     """Delete all but the newest `keep`, and those at multiples of `keep_every` (0: none) steps.
 
-    What a killed process left half written or half deleted goes too.
+    The newest is that of `step`: later ones were passed over when the run went on from before them,
+    and stay until their step is taken again. What a killed process left half written or half
+    deleted goes too.
     """
     for path in folder.glob(".*.part"):
         shutil.rmtree(path, ignore_errors=True)
-    for checkpoint in list_checkpoints(folder)[:-keep]:
+    checkpoints = [c for c in list_checkpoints(folder) if c.step <= step]
+    for checkpoint in checkpoints[:-keep]:
         if not keep_every or checkpoint.step % keep_every:
             _remove(checkpoint.path)
 

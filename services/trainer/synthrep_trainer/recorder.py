@@ -78,6 +78,7 @@ class RunRecorder:
         path = save_checkpoint(self._folder.checkpoints, step, parts, state)
         retire_checkpoints(
             self._folder.checkpoints,
+            step=step,
             keep=self._settings.keep_checkpoints,
             keep_every=self._settings.keep_every_steps,
         )
