@@ -6,8 +6,10 @@ Plain ASGI, so that it needs no web framework and sees a request before any of i
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, MutableMapping
 from http import HTTPStatus
+from ipaddress import ip_address
 from typing import Any
 
 from synthrep_shared.keys import ApiKey, KeyRing, KeyScope, Principal
@@ -31,6 +33,11 @@ _SCHEME = "key"
 _ELSEWHERE = (b"cross-site", b"same-site")  # not this origin, says the browser
 _SAFE_METHODS = ("GET", "HEAD")
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_PORT = re.compile(r":[0-9]*$")
+_NOT_OURS = (
+    "without API keys the service answers as localhost, by its IP address, and under the names in "
+    "SYNTHREP_GENERATOR_ALLOWED_HOSTS or SYNTHREP_TRAINER_ALLOWED_HOSTS"
+)
 
 
 class ProblemResponse:
@@ -140,6 +147,38 @@ class Guard:
             if answered:
                 raise
             await too_large(scope, receive, send_with_headers)
+
+
+class OwnNames:
+    """Wraps a service: without `keys` it answers only under names that no other site can have.
+
+    A page elsewhere may have its own name point to this machine, and a browser then takes the
+    service for a part of that page (DNS rebinding). What it cannot have is an IP address, localhost
+    and the `names` of this machine; others are answered 421. With keys every name will do, because
+    no browser gives the key of one name to another.
+    """
+
+    def __init__(self, app: App, *, keys: Collection[ApiKey], names: Iterable[str]) -> None:
+        self._app = app
+        self._is_open = not keys
+        self._names = {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_open and scope["type"] == "http":
+            sent = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1").lower()
+            if not self._is_own(_PORT.sub("", sent)):
+                headers = {name.decode(): value.decode() for name, value in _SECURITY_HEADERS}
+                problem = ProblemResponse(421, _NOT_OURS, headers=headers)
+                await problem(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_own(self, name: str) -> bool:
+        try:
+            ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return name in self._names
+        return True
 
 
 def principal_of(scope: Scope) -> Principal:

@@ -42,6 +42,9 @@ class ServiceSettings(BaseSettings):
     api_keys: tuple[ApiKey, ...] = ()
     """Accepted bearer keys as a JSON list of keys or objects, at best from a file; none means:
     loopback only, no authentication. Make one with `openssl rand -hex 32`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names, a JSON list, under which a service without API keys answers besides localhost and IP
+    addresses, say behind a proxy of this machine; with keys it answers under every name."""
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
     """Least severity that is logged."""
     metrics_port: int = Field(default=0, ge=0, le=65535)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import SecretStr
 from starlette.testclient import TestClient
@@ -271,6 +272,9 @@ def test_service_serves_and_stops_on_sigterm(root):
         events.append(json.loads(line))
         if "running on" in events[-1]["event"]:
             break
+    address = re.search(r"http://[0-9.:]+", events[-1]["event"])[0]
+    for host, status in (("theirs.example", 421), ("localhost", 200)):
+        assert httpx.get(f"{address}/healthz", headers={"host": host}).status_code == status
     process.terminate()
     rest = process.stderr.read()
     process.stderr.close()

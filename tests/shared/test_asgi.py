@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from synthrep_shared.asgi import Guard, ProblemResponse, validation_problem
+from synthrep_shared.asgi import Guard, OwnNames, ProblemResponse, validation_problem
 from synthrep_shared.keys import ApiKey
 
 
@@ -73,6 +73,36 @@ def test_only_a_configured_bearer_key_passes(header, status):
 def test_a_page_of_another_site_changes_nothing(method, site, status):
     app = Guard(echo_length, keys=(), max_body_bytes=10)
     assert call(app, method=method, headers=[(b"sec-fetch-site", site)])[0] == status
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"localhost", 200),
+        (b"LOCALHOST:8000", 200),
+        (b"127.0.0.1:8000", 200),
+        (b"[::1]:8000", 200),
+        (None, 200),
+        (b"mine.example:8000", 200),
+        (b"theirs.example:8000", 421),
+        (b"localhost.theirs.example", 421),
+        (b"127.0.0.1.theirs.example", 421),
+        (b"\xff", 421),
+        (b"", 421),
+    ],
+)
+def test_an_open_service_answers_only_under_names_of_this_machine(host, status):
+    app = OwnNames(echo_length, keys=(), names=["Mine.example"])
+    answer = call(app, headers=[] if host is None else [(b"host", host)])
+    assert answer[0] == status
+    if status != 200:
+        assert b"ALLOWED_HOSTS" in answer[2]
+        assert answer[1][b"x-content-type-options"] == b"nosniff"
+
+
+def test_a_service_with_keys_answers_under_every_name():
+    app = OwnNames(echo_length, keys=[ApiKey.model_validate("k")], names=())
+    assert call(app, headers=[(b"host", b"generator-api:8000")])[0] == 200
 
 
 def test_every_answer_carries_security_headers():

@@ -424,10 +424,18 @@ def test_the_service_ends_with_status_0_on_sigterm(settings):
 def test_streams_end_when_the_server_is_told_to(settings):
     server = make_server(settings)
     server.should_exit = True
-    with TestClient(server.config.app) as api:
+    with TestClient(server.config.app, base_url="http://localhost") as api:
         run = api.post("/v1/runs", json=RUN).json()["id"]
         for path in (f"/v1/runs/{run}/events", "/page/events"):
             assert api.get(path).text == ""
+
+
+def test_an_open_server_answers_under_no_name_that_is_not_its_own(settings):
+    allowed = settings.model_copy(update={"allowed_hosts": ("mine.example",)})
+    for host, status in (("theirs.example", 421), ("mine.example", 200), ("127.0.0.1:8001", 200)):
+        api = TestClient(make_server(allowed).config.app, base_url=f"http://{host}")
+        for path in ("/", "/page/parts/runs", "/v1/runs", "/healthz"):
+            assert api.get(path).status_code == status, path
 
 
 def test_a_source_must_be_allowed(api):

@@ -38,7 +38,7 @@ from synthrep_generator.problems import install_problem_handlers
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.uploads import MAX_BYTES
-from synthrep_shared.asgi import App, Guard, describe_keys
+from synthrep_shared.asgi import App, Guard, OwnNames, describe_keys
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import BatchRequest, Problem
 from synthrep_shared.storage import prepare_root
@@ -141,7 +141,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     uvicorn.run(
-        app,
+        OwnNames(app, keys=settings.api_keys, names=settings.allowed_hosts),
         host=settings.host,
         port=settings.port,
         server_header=False,

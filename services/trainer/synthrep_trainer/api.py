@@ -20,7 +20,7 @@ from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from synthrep_shared.asgi import App, Guard, describe_keys
+from synthrep_shared.asgi import App, Guard, OwnNames, describe_keys
 from synthrep_shared.logs import configure_logging
 from synthrep_shared.messages import ProbeRequest, ProbeSetRequest, Problem, RunRequest
 from synthrep_trainer import (
@@ -126,9 +126,10 @@ def _describe(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
 
 def make_server(settings: TrainerSettings) -> uvicorn.Server:
     """The service at its address; its streams end when it is told to."""
+    app = create_app(settings, is_ending=lambda: server.should_exit)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(settings, is_ending=lambda: server.should_exit),
+            OwnNames(app, keys=settings.api_keys, names=settings.allowed_hosts),
             host=settings.host,
             port=settings.port,
             server_header=False,
