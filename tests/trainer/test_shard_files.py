@@ -131,6 +131,20 @@ def test_a_log_with_other_images_or_captions_is_detected(shard_maker):
             verify(shard_maker, record)
 
 
+@pytest.mark.parametrize("size", [b"-0000001000", b"-0000000001", b"77777777777"])
+def test_a_member_ends_within_the_shard_and_after_its_begin(shard_maker, size):
+    def resized(data: bytes) -> bytes:
+        header = bytearray(data[:512])
+        header[124:136] = size + b"\0"
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return bytes(header) + data[512:]
+
+    record = shard_maker.commit(1, break_tar=resized)
+    with pytest.raises(ShardMismatchError, match="no file within the shard"):
+        verify(shard_maker, record)
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
 def test_only_plain_files_are_members(shard_maker, kind):
     def link(data: bytes) -> bytes:

@@ -186,7 +186,7 @@ def _members(data: mmap.mmap) -> Iterator[_Member]:
             gid, index, suffix = samples.parse_member_name(header[:100].rstrip(b"\0").decode())
         except ValueError as error:
             raise ShardMismatchError(f"no valid member at byte {position - _BLOCK}") from error
-        if header[156:157] not in _REGULAR_FILE or position + size > len(data):
+        if header[156:157] not in _REGULAR_FILE or not 0 <= size <= len(data) - position:
             raise ShardMismatchError(f"member {gid}-{index}.{suffix} is no file within the shard")
         yield _Member(gid, index, suffix, position, size)
         position += -(-size // _BLOCK) * _BLOCK
