@@ -35,6 +35,7 @@ from synthrep_trainer.page import actions
 from synthrep_trainer.page import routes as page
 from synthrep_trainer.page.door import Door
 from synthrep_trainer.page.generator import Generator
+from synthrep_trainer.page.refusals import HtmlProblems
 from synthrep_trainer.problems import install_problem_handlers
 from synthrep_trainer.runs import Workplace
 from synthrep_trainer.settings import TrainerSettings
@@ -95,7 +96,7 @@ def create_app(
         large_paths={"/v1/probe-datasets": settings.probe_upload_bytes} | actions.LARGE_PATHS,
         open_paths=page.OPEN_PATHS,
     )
-    return Door(guard)
+    return Door(HtmlProblems(guard))
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,7 @@
 """The page at `/`: generation, shards, training and probes on one sheet, as they happen.
 
     door          a browser's cookie becomes the key that every other client sends
+    refusals      problems of the service around the page become HTML
     generator     what the page asks the generator, over REST and with the viewer's own key
     figures       numbers over steps to curves
     probe_charts  probes to scores over checkpoints, against what they have to beat

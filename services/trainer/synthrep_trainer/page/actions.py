@@ -16,8 +16,9 @@ from synthrep_shared.messages import BatchRequest, GroupView, ProbeRequest, RunR
 from synthrep_trainer import routes_probes, routes_runs
 from synthrep_trainer.context import CallerDep, ContextDep, RunId
 from synthrep_trainer.page import forms
-from synthrep_trainer.page.answers import FormDep, ViewerDep, done, html, make_router
+from synthrep_trainer.page.answers import FormDep, ViewerDep, done, make_router
 from synthrep_trainer.page.door import PREFIX
+from synthrep_trainer.page.refusals import html
 from synthrep_trainer.page.rendering import render
 from synthrep_trainer.page.sections import Viewer, neighbours
 

@@ -24,36 +24,21 @@ from synthrep_trainer.context import CallerDep, ContextDep
 from synthrep_trainer.page.door import keys_of
 from synthrep_trainer.page.forms import problems
 from synthrep_trainer.page.generator import Place
+from synthrep_trainer.page.refusals import html, refusal
 from synthrep_trainer.page.rendering import render
 from synthrep_trainer.page.sections import Choice, Viewer
 from synthrep_trainer.routes_comparisons import NAME_PATTERN
 
 _log = logging.getLogger(__name__)
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'"
-}
 T = TypeVar("T")
 _MAX_THREADS = 32
 _threads: RunVar[CapacityLimiter] = RunVar("page_threads")
 _PLACE = r"^[0-9]{1,15}\.[0-9]{1,9}$"
 
 
-def html(body: str, status: int = 200) -> HTMLResponse:
-    """HTML that may load nothing from elsewhere."""
-    return HTMLResponse(body, status, headers=_HEADERS)
-
-
 def done(sentence: str, call: str = "") -> HTMLResponse:
     """What a form is answered when it worked, with the command that does the same."""
     return html(render("notice.html", sentences=[sentence], call=call, is_problem=False))
-
-
-def _problem(request: Request, status: int, sentences: list[str]) -> HTMLResponse:
-    """A refusal: for its place on the page, or as a page where the browser went there."""
-    template = "notice.html" if "hx-request" in request.headers else "refusal.html"
-    return html(render(template, sentences=sentences, call="", is_problem=True), status)
 
 
 async def in_page_thread(work: Callable[..., T], *args: Any) -> T:
@@ -94,19 +79,19 @@ class _HtmlRoute(APIRoute):
             try:
                 return await handle(request)
             except HTTPException as error:
-                return _problem(request, error.status_code, [str(error.detail)])
+                return refusal(request.headers, error.status_code, [str(error.detail)])
             except ServiceError as error:
                 if error.status == HTTPStatus.UNAUTHORIZED:  # the generator's word, not ours
-                    return _problem(request, 403, ["the generator does not know this key"])
+                    return refusal(request.headers, 403, ["the generator does not know this key"])
                 status = error.status if error.status >= HTTPStatus.BAD_REQUEST else 502
-                return _problem(request, status, [error.detail or error.title])
+                return refusal(request.headers, status, [error.detail or error.title])
             except (RequestValidationError, ValidationError) as error:
-                return _problem(request, 422, problems(error.errors()))
+                return refusal(request.headers, 422, problems(error.errors()))
             except SynthRepError as error:
-                return _problem(request, 422, [str(error)])
+                return refusal(request.headers, 422, [str(error)])
             except OSError as error:
                 _log.error("storage_failed", exc_info=error)
-                return _problem(request, 503, ["the storage does not answer"])
+                return refusal(request.headers, 503, ["the storage does not answer"])
 
         return guarded
 

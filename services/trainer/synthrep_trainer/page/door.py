@@ -37,7 +37,7 @@ class Door:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_of_page(scope["path"]):
+        if scope["type"] != "http" or not is_of_page(scope["path"]):
             await self._app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
@@ -71,7 +71,8 @@ def remember(response: Response, request: Request, keys: Keys) -> None:
         )  # fmt: skip
 
 
-def _is_of_page(path: str) -> bool:
+def is_of_page(path: str) -> bool:
+    """Whether a path is the page's, and no part of the API."""
     return path == "/" or path.startswith(PREFIX + "/")
 
 

@@ -24,9 +24,10 @@ from synthrep_shared.errors import SynthRepError
 from synthrep_shared.keys import Principal
 from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.context import Context, ContextDep
-from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, html, in_page_thread, make_router
+from synthrep_trainer.page.answers import ChoiceDep, ViewerDep, in_page_thread, make_router
 from synthrep_trainer.page.door import PREFIX, Keys, keys_of, remember
 from synthrep_trainer.page.forms import fields_of
+from synthrep_trainer.page.refusals import UNKNOWN_KEY, html
 from synthrep_trainer.page.rendering import clock, render
 from synthrep_trainer.page.sections import PARTS, Choice, Viewer, picked_dataset
 from synthrep_trainer.probe_data import known_datasets
@@ -66,7 +67,7 @@ def _why_not(request: Request, caller: Principal | None) -> str:
     """What is wrong with the key that came, if one did."""
     if caller is not None:
         return "This key may not look: it lacks the scope read."
-    return "This key is not one of the service’s." if keys_of(request).trainer else ""
+    return UNKNOWN_KEY if keys_of(request).trainer else ""
 
 
 def _sheet(viewer: Viewer, choice: Choice) -> HTMLResponse:
