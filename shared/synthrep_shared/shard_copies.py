@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from synthrep_shared.errors import ShardContentError
+from synthrep_shared.errors import ShardContentError, StorageError
 from synthrep_shared.storage import Location, StoredFile, list_files, spool_folder, temporary_path
 
 COPY_BYTES = 16 << 30
@@ -69,21 +69,32 @@ class ShardCopies:
         shard = self._place.shards / name
         if isinstance(shard, Path):
             return shard
-        folder = spool_folder(self._place.root) / "copies"
-        copy = folder / f"{self._place.dataset}.{name}"
+        copy = self._copy_of(name)
         with suppress(FileNotFoundError):
             os.utime(copy)
             return copy
-        folder.mkdir(exist_ok=True)
-        self._make_room(folder, num_bytes)
-        written = temporary_path(folder, copy.name)
+        copy.parent.mkdir(exist_ok=True)
+        self._make_room(copy.parent, num_bytes)
+        written = temporary_path(copy.parent, copy.name)
         try:
             if _copy(shard, written, num_bytes) != (num_bytes, sha256):
                 raise ShardContentError(f"{shard} is not what its record says")
+            if not written.exists():  # the clock jumped, and another process took it for old
+                raise StorageError(f"{written} was removed while it was written")
             written.replace(copy)
         finally:
             written.unlink(missing_ok=True)
         return copy
+
+    def drop(self, name: str) -> bool:
+        """Remove the copy of a shard, if there is one; False for a local root, which has none."""
+        is_far = not isinstance(self._place.shards, Path)
+        if is_far:
+            self._copy_of(name).unlink(missing_ok=True)
+        return is_far
+
+    def _copy_of(self, name: str) -> Path:
+        return spool_folder(self._place.root) / "copies" / f"{self._place.dataset}.{name}"
 
     def _make_room(self, folder: Path, num_bytes: int) -> None:
         now = time.time()

@@ -68,11 +68,13 @@ def verify_shard(
     """Check the whole file against the log; blocks for about a millisecond per megabyte.
 
     Raises ShardMismatchError if it is absent or differs in any way, other OSErrors as they come:
-    a machine that cannot read says nothing about the shard.
+    a machine that cannot read, or has lost the whole folder, says nothing about the shard.
     """
     try:
         stream = path.open("rb")
     except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise
         raise ShardMismatchError("the file is missing") from None
     with stream:
         size = os.fstat(stream.fileno()).st_size

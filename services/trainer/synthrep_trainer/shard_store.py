@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from synthrep_shared.commit_log import CommitRecord
@@ -101,7 +102,20 @@ class ShardStore:
     def _verify(
         self, name: str, *, sha256: str, num_bytes: int, groups: Sequence[GroupKey]
     ) -> ShardLayout:
-        """See `verify_shard`; a shard in a store is copied first."""
+        """See `verify_shard`; a shard that is far away gets a second copy before it counts as bad:
+        the first may have been damaged on the way here, or since.
+        """
+        verify = partial(self._verify_once, name, sha256=sha256, num_bytes=num_bytes, groups=groups)
+        try:
+            return verify()
+        except ShardMismatchError:
+            if not self._copies.drop(name):
+                raise
+        return verify()
+
+    def _verify_once(
+        self, name: str, *, sha256: str, num_bytes: int, groups: Sequence[GroupKey]
+    ) -> ShardLayout:
         try:
             path = self._copies.path(name, sha256=sha256, num_bytes=num_bytes)
         except FileNotFoundError:
