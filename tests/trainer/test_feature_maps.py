@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from synthrep_shared.storage import temporary_path
 from synthrep_trainer.feature_maps import (
     FeatureMap,
     MappedGroup,
@@ -49,6 +52,17 @@ def test_a_map_that_was_replaced_is_read_anew(tmp_path):
         found = read_feature_map(tmp_path)
         assert found is not None
         assert found.step == step
+
+
+def test_what_a_killed_process_left_half_written_goes_after_a_day(tmp_path):
+    left, young = (temporary_path(tmp_path, "map.json") for _ in range(2))
+    others = [temporary_path(tmp_path, "status.json"), tmp_path / "metrics.jsonl"]
+    for path in (left, young, *others):
+        path.touch()
+    for path in (left, *others):
+        os.utime(path, (1e9, 1e9))
+    write_feature_map(tmp_path, three_groups())
+    assert set(tmp_path.iterdir()) == {young, *others, tmp_path / "map.json"}
 
 
 def test_a_map_of_another_version_or_damaged_is_none(tmp_path):

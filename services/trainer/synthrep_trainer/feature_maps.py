@@ -7,6 +7,8 @@ and for each its nearest images of other captions. `map_drawing` makes it. Needs
 from __future__ import annotations
 
 import logging
+import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -18,6 +20,7 @@ from synthrep_shared.storage import publish_bytes
 _log = logging.getLogger(__name__)
 VERSION = 1
 _NAME = "map.json"
+_STALE_S = 86_400.0  # a file written aside for longer belongs to a process that died
 _MAX_BYTES = 32 << 20  # more than 2,000 images of captions as long as may be
 
 
@@ -91,9 +94,14 @@ class FeatureMap(_Record):
 
 
 def write_feature_map(run_folder: Path, feature_map: FeatureMap) -> None:
-    """Replace the run's map, whole."""
+    """Replace the run's map, whole. What a killed process left half written a day ago goes."""
     data = feature_map.model_dump_json().encode()
     publish_bytes(data, run_folder / _NAME, replace=True)
+    oldest_s = time.time() - _STALE_S
+    for aside in run_folder.glob(f".{_NAME}.*.part"):
+        with suppress(FileNotFoundError):  # another probe of the run is done with it, too
+            if aside.stat().st_mtime < oldest_s:
+                aside.unlink()
 
 
 def read_feature_map(run_folder: Path) -> FeatureMap | None:
