@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -21,11 +22,11 @@ from synthrep_shared.messages import RunRequest
 from synthrep_trainer import train
 from synthrep_trainer.checkpoint_folders import list_checkpoints
 from synthrep_trainer.child import DISK_FULL
-from synthrep_trainer.errors import BadShardError, NonFiniteLossError, RunBusyError
+from synthrep_trainer.errors import BadShardError, NonFiniteLossError, RunBusyError, RunError
 from synthrep_trainer.learner import Learner
 from synthrep_trainer.metrics import read_metrics
 from synthrep_trainer.recorder import RunRecorder
-from synthrep_trainer.runs import RunFolder, Workplace, locked
+from synthrep_trainer.runs import RunFolder, Workplace, is_locked, locked
 from synthrep_trainer.settings import TrainerSettings
 
 LIMIT_S = 200
@@ -327,6 +328,45 @@ def test_a_full_disk_says_so_by_its_exit_status(submit, call_main, monkeypatch):
     assert call_main(submit()) == DISK_FULL
     monkeypatch.setattr(RunFolder, "write_failure", full)
     assert call_main(submit()) == DISK_FULL
+
+
+def test_the_first_last_words_stand_and_come_before_other_ranks_fail_of_it(
+    submit, call_main, monkeypatch
+):
+    run = submit()
+
+    @contextlib.contextmanager
+    def process_group(**_):
+        try:
+            yield
+        except RunError:
+            assert run.failure.is_permanent
+            raise RuntimeError("connection reset by peer") from None
+
+    def refuse(*_):
+        raise RunError("refused")
+
+    monkeypatch.setattr(train.distributed, "process_group", process_group)
+    monkeypatch.setattr(train, "run", refuse)
+    assert call_main(run) == 1
+    assert run.failure.error == "RunError: refused"
+
+
+@pytest.mark.long
+def test_ranks_end_with_a_torchrun_that_is_killed(shard_maker, settings, submit, start):
+    shard_maker.commit(11)
+    run = submit(max_steps=100_000, max_uses_per_image=10**6)
+    agent = start(
+        run, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "--"
+    )
+    wait_for_step(run, 2)
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + LIMIT_S
+    while is_locked(run.path / "train.lock"):
+        assert time.monotonic() < deadline, "a rank trains on"
+        time.sleep(0.05)
+    assert list_checkpoints(run.checkpoints)[-1].step == len(losses(run))
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(shard_maker, submit, call_main):

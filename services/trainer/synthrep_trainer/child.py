@@ -31,7 +31,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self._log_file = log_file
         self._kill_at: float | None = None
@@ -83,5 +83,6 @@ def exit_status_after(error: Exception) -> int:
     return DISK_FULL if is_full else 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have this process get SIGTERM when the thread that started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

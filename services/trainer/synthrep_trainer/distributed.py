@@ -41,6 +41,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def has_agent() -> bool:
+    """Whether `torchrun` started this process; it watches over it to its end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
 def process_group(*, timeout_s: float = 600.0) -> Iterator[None]:
     """Joins the group that `torchrun` describes, and leaves it at the end of the block.

@@ -67,8 +67,8 @@ class WorkFolder:
         return _read(self.path / "failure.json", Failure)
 
     def write_failure(self, failure: Failure) -> None:
-        """Leave last words."""
-        _write(self.path / "failure.json", failure)
+        """Leave last words; the first ones since `clear_failure` stand, of several processes."""
+        publish_bytes(failure.model_dump_json().encode(), self.path / "failure.json")
 
     def clear_failure(self) -> None:
         """Forget the last words of an earlier process."""

@@ -28,7 +28,7 @@ from synthrep_shared.tracing import make_tracer
 from synthrep_trainer import distributed, recipe
 from synthrep_trainer.batches import BatchLoader
 from synthrep_trainer.checkpoint import Checkpoint, load_newest
-from synthrep_trainer.child import exit_status_after
+from synthrep_trainer.child import die_with_parent, exit_status_after
 from synthrep_trainer.devices import choose_device
 from synthrep_trainer.errors import NoCheckpointError, RunBusyError, RunError, TrainingStoppedError
 from synthrep_trainer.governor import Governor
@@ -165,6 +165,8 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if distributed.has_agent():
+        die_with_parent()  # torchrun leaves its processes behind when it is killed
     settings = TrainerSettings()
     configure_logging("trainer", settings.log_level)
     _log.info("settings_read", extra={"settings": settings.model_dump(mode="json")})
@@ -174,18 +176,29 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
     try:
         with (
+            _last_words(folder),
             distributed.process_group(timeout_s=settings.rank_timeout_s),
+            _last_words(folder),  # before the other ranks see that this one left, and fail of it
             _alone(folder, settings.grace_s),
         ):
             is_completed = run(folder, settings, stop.is_set)
     except Exception as error:
         _log.exception("training_failed", extra={"run": folder.id})
+        sys.exit(exit_status_after(error))
+    _log.info("training_ended", extra={"run": folder.id, "is_completed": is_completed})
+
+
+@contextlib.contextmanager
+def _last_words(folder: RunFolder) -> Iterator[None]:
+    """Leaves word of what ends the block, if that is an error."""
+    try:
+        yield
+    except Exception as error:
         is_permanent = isinstance(error, _PERMANENT) and not isinstance(error, RunBusyError)
         words = f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
             folder.write_failure(Failure(error=words, is_permanent=is_permanent))
-        sys.exit(exit_status_after(error))
-    _log.info("training_ended", extra={"run": folder.id, "is_completed": is_completed})
+        raise
 
 
 def _load_newest_of_rank_0(folder: RunFolder) -> Checkpoint | None:
