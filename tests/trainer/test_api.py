@@ -17,7 +17,7 @@ from synthrep_trainer.api import create_app, make_server
 from synthrep_trainer.checkpoint_folders import Manifest, publish_checkpoint
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
 from synthrep_trainer.records import Status
-from synthrep_trainer.runs import Workplace, locked
+from synthrep_trainer.runs import RunFolder, Workplace, locked
 from synthrep_trainer.settings import TrainerSettings
 
 RUN = {"dataset": "birds", "max_steps": 30}
@@ -453,6 +453,21 @@ def test_a_run_shows_how_many_shards_it_leaves_out(api, place):
     (run.path / "quarantine").mkdir()
     (run.path / "quarantine" / "3.json").write_text("{}")
     assert api.get(f"/v1/runs/{run.id}").json()["shards_quarantined"] == 1
+
+
+def test_a_resume_that_meets_its_run_being_put_down_is_not_lost(api, place, monkeypatch):
+    run = place.submit_run(RunRequest(**RUN))
+    with locked(run.lease):
+        run.write_status(Status(state="running"))
+        api.post(f"/v1/runs/{run.id}/stop")
+        write_wanted = RunFolder.write_wanted
+
+        def put_down_first(folder, wanted):
+            run.write_status(Status(state="paused"))
+            write_wanted(folder, wanted)
+
+        monkeypatch.setattr(RunFolder, "write_wanted", put_down_first)
+        assert api.post(f"/v1/runs/{run.id}/resume").json()["state"] == "queued"
 
 
 def test_a_run_of_another_version_keeps_no_new_one_out(api, place):

@@ -80,9 +80,12 @@ class WorkFolder:
         return self.path / "lease"
 
     def _is_waiting(self, status: Status) -> bool:
-        """Queued, or claimed by a launcher that died: the next one goes on with it."""
+        """Queued, or claimed by a launcher that died: the next one goes on with it.
+
+        Or put down just when its user wanted it to go on.
+        """
         is_orphan = status.state == "running" and not is_locked(self.lease)
-        return status.state == "queued" or is_orphan
+        return status.state in ("queued", "paused") or is_orphan
 
 
 class RunFolder(WorkFolder):
