@@ -14,6 +14,7 @@ from synthrep_cli.comparison import Finished
 from synthrep_cli.comparison_statistics import MIN_TEST_IMAGES, NUM_RESAMPLES
 from synthrep_cli.comparison_summary import Summary, cost_table, statement, summarise
 from synthrep_cli.report import PAGE_STYLE, svg
+from synthrep_shared.storage import publish_bytes
 
 _WORLDS = {
     "photos": "Real rows train on photos.",
@@ -45,7 +46,7 @@ def write_reports(parts: Sequence[Finished], folder: Path) -> Summary:
     (folder / "report.json").write_text(text, encoding="utf-8")
     served = folder / "trainer" / "comparisons"
     served.mkdir(parents=True, exist_ok=True)
-    (served / f"{parts[0].config.name}.json").write_text(text, encoding="utf-8")
+    publish_bytes(text.encode(), served / f"{parts[0].config.name}.json", replace=True)
     pairs = list(zip(parts, summaries, strict=True))
     markdown = "\n".join(_markdown(part, summary) for part, summary in pairs)
     (folder / "report.md").write_text(markdown, encoding="utf-8")
