@@ -12,6 +12,7 @@ from collections import Counter, deque
 import pytest
 
 from synthrep_trainer.errors import BadShardError, LogChangedError, RunError
+from synthrep_trainer.group_index import GroupIndex
 from synthrep_trainer.order import SamplingPlan
 from synthrep_trainer.shard_stream import Cursor, Draw, DrawnBatch, ShardStream
 
@@ -378,6 +379,40 @@ def test_pressure_counts_the_images_of_groups_that_were_never_drawn(shard_maker,
     for _ in range(20):
         stream.next_batch(NEVER)
     assert stream.pressure == (0, False)
+
+
+def test_pressure_is_what_the_log_has_less_what_was_drawn(shard_maker, tmp_path):
+    dice, drawn, images = random.Random(4), set(), []
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(), verify_s=60)
+    for _ in range(40):
+        for _ in range(dice.randint(0, 2) if images else 2):
+            count = dice.randint(1, 3)
+            images += [count] * len(shard_maker.commit(3, images=count).groups)
+        drawn |= {g.group for g in stream.next_batch(NEVER).groups}
+        if stream.images_committed == sum(images):  # else the log is read again somewhat later
+            left = sum(images) - sum(images[group] for group in drawn)
+            assert stream.pressure == (left, False)
+
+
+def test_a_batch_costs_no_look_at_all_groups(shard_maker, tmp_path, monkeypatch):
+    calls = Counter()
+    for name in ("num_images_trainable", "images_unused", "reject", "eligible"):
+        method = getattr(GroupIndex, name)
+
+        def counted(self, *args, name=name, method=method):
+            calls[name] += 1
+            return method(self, *args)
+
+        monkeypatch.setattr(GroupIndex, name, counted)
+    for _ in range(5):
+        record = shard_maker.commit(60, images=1)
+        for group in record.groups[:9]:
+            shard_maker.reject(group)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=200), verify_s=60)
+    for _ in range(30):
+        stream.next_batch(NEVER)
+    assert calls["num_images_trainable"] == 5
+    assert max(calls[name] for name in ("images_unused", "reject", "eligible")) <= 4
 
 
 def test_every_committed_shard_is_verified_or_in_quarantine(shard_maker, tmp_path):

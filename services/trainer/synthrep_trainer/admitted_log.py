@@ -48,6 +48,7 @@ class AdmittedLog:
         self._next_poll = 0.0
         self._unseen: deque[CommitRecord] = deque()  # read from the file
         self._scouted: deque[CommitRecord] = deque()  # and verified, on rank 0
+        self._upcoming: dict[int, int] = {}  # images in these, by shard
         self._digest = hashlib.sha256()
         self._seq = 0
         self._journaled_seq = journal.last_seq
@@ -55,11 +56,7 @@ class AdmittedLog:
     @property
     def images_upcoming(self) -> int:
         """Images that were read from the log and that no window has admitted."""
-        return sum(
-            self.index.num_images_trainable(record)
-            for record in (*self._scouted, *self._unseen)
-            if record.kind == "shard" and not self._store.is_bad(record.seq)
-        )
+        return sum(self._upcoming.values())
 
     def eligible(self, window: int) -> Integers:
         """The groups that `window` uses, by their positions in the log."""
@@ -74,10 +71,12 @@ class AdmittedLog:
         if self._seq < admission.seq > self._journaled_seq:
             span = {"first_seq": self._seq + 1, "last_seq": admission.seq}
             _log.info("records_admitted", extra={"window": admission.window, **span})
+        rejected: list[str] = []
         while self._seq < admission.seq:
             record = self._scouted.popleft() if self._scouted else self._next(admission)
             _identify(self._digest, [record])
             self._seq = record.seq
+            self._upcoming.pop(record.seq, None)
             if record.kind == "shard":
                 if record.seq > self._journaled_seq:
                     self._store.learn(record.seq)
@@ -85,7 +84,8 @@ class AdmittedLog:
                 self.index.add_shard(record, window=admission.window, is_bad=is_bad)
                 self._on_shard(record)
             elif record.kind == "reject":
-                self.index.reject(record)
+                rejected += (group.gid for group in record.groups)
+        self.index.reject(rejected)
         if self._digest.hexdigest() != admission.log:
             raise LogChangedError(
                 f"{self._reader.path} is not the log that window {admission.window} of this run "
@@ -136,6 +136,8 @@ class AdmittedLog:
             # What was admitted once is verified when it is read; a bad one ends the process there.
             if record.kind == "shard" and record.seq > self._journaled_seq:
                 self._store.scout(record)
+                if self._store.is_bad(record.seq):
+                    self._upcoming.pop(record.seq, None)
                 if time.monotonic() >= deadline:
                     break
         return bool(self._unseen)
@@ -166,6 +168,9 @@ class AdmittedLog:
             for record in self._unseen:
                 if record.kind == "shard":
                     self.images_committed += sum(group.images for group in record.groups)
+                    if not self._store.is_bad(record.seq):
+                        images = self.index.num_images_trainable(record)
+                        self._upcoming[record.seq] = images
 
 
 def _identify(digest: hashlib._Hash, records: Iterable[CommitRecord]) -> None:

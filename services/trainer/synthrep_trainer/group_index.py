@@ -7,6 +7,7 @@ groups once.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -66,10 +67,13 @@ class GroupIndex:
             ShardRef(record.seq, record.name, record.sha256, record.bytes, first, count)
         )
 
-    def reject(self, record: CommitRecord) -> None:
-        """Leave the record's groups out of all windows that open from here on."""
-        for group in record.groups:
-            self._live["rejected"][self._live["gid"] == group.gid.encode()] = True
+    def reject(self, gids: Collection[str]) -> None:
+        """Leave these groups out of all windows that open from here on; one pass over all."""
+        if gids:
+            wanted = np.array(sorted(gid.encode() for gid in gids), dtype=_GROUP["gid"])
+            found = np.searchsorted(wanted, self._live["gid"])
+            nearest = wanted[np.minimum(found, len(wanted) - 1)]
+            self._live["rejected"] |= nearest == self._live["gid"]
 
     def eligible(self, window: int, plan: SamplingPlan) -> Integers:
         """The groups that `window` uses: not held out, rejected or too old, below the bound on
@@ -85,11 +89,14 @@ class GroupIndex:
             is_usable[np.flatnonzero(is_in)[: -plan.max_age_groups]] = False
         return np.flatnonzero(is_usable)
 
-    def num_images_unused(self, groups: Integers, window: int) -> int:
-        """Stored images of those of `groups` that no window before `window` used."""
-        rows = self._live[groups]
-        is_unused = (rows["admitted"] == window) & ~rows["bad"]
-        return int(rows["images"][is_unused].sum())
+    def images_unused(self, order: Integers, window: int) -> Integers:
+        """For each place of a window's order, and its end: the stored images, of all groups from
+        there on, that no window before `window` used.
+        """
+        rows = self._live
+        is_unused = (rows["admitted"][order] == window) & ~rows["bad"][order]
+        images = np.where(is_unused, rows["images"][order], 0)
+        return np.append(np.cumsum(images[::-1], dtype=np.int64)[::-1], 0)
 
     def held_out(self) -> Integers:
         """The usable groups of held-out captions that have two images or more, in log order."""

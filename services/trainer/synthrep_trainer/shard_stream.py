@@ -141,7 +141,7 @@ class ShardStream:
             if admission is None:
                 raise LogChangedError(f"{run_folder} has no admission of window {window}")
             self._log.admit(admission)
-        self._order: Integers = self._order_of(self._cursor.window)
+        self._order, self._unused = self._order_of(self._cursor.window)
 
     @property
     def images_committed(self) -> int:
@@ -186,7 +186,7 @@ class ShardStream:
         self._cursor = Cursor(window, row, (*repeated, *waiting))
         if self._rank == 0:
             self._log.scout()
-            self._weigh(is_waiting=False)
+            self._weigh(row, is_waiting=False)
         return DrawnBatch(self._step, list(self._share(draws)), self._cursor)
 
     def held_out(self, *, captions: int, images: int) -> list[DrawnGroup]:
@@ -221,10 +221,10 @@ class ShardStream:
                 continue
             if should_stop():
                 return False
-            self._weigh(is_waiting=True)
+            self._weigh(len(self._order), is_waiting=True)
             self._log.wait(self._poll_s)
         self._log.admit(admission)
-        self._order = self._order_of(window)
+        self._order, self._unused = self._order_of(window)
         return True
 
     def _wait_for_ratio(self, should_stop: Callable[[], bool]) -> bool:
@@ -237,18 +237,20 @@ class ShardStream:
             if should_stop():
                 return False
             self._log.scout()
-            self._weigh(is_waiting=True)
+            self._weigh(self._cursor.row, is_waiting=True)
             self._log.wait(self._poll_s)
             self.ratio_wait_s += time.monotonic() - began
         return True
 
-    def _weigh(self, *, is_waiting: bool) -> None:
-        window, row, _ = self._cursor
-        unused = self._log.index.num_images_unused(self._order[row:], window)
+    def _weigh(self, row: int, *, is_waiting: bool) -> None:
+        """Take stock of what a window has left from a row of its order on."""
+        unused = int(self._unused[row])
         self._pressure = Pressure(unused + self._log.images_upcoming, is_waiting)
 
-    def _order_of(self, window: int) -> Integers:
-        return window_order(self._plan.seed, max(window, 0), self._log.eligible(window))
+    def _order_of(self, window: int) -> tuple[Integers, Integers]:
+        """The groups of a window in their order, and what is unused from each of them on."""
+        order = window_order(self._plan.seed, max(window, 0), self._log.eligible(window))
+        return order, self._log.index.images_unused(order, window)
 
     def _share(self, draws: list[Draw]) -> Iterator[DrawnGroup]:
         index = self._log.index
