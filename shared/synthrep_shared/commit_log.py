@@ -69,6 +69,7 @@ class LogReader:
         self.path = path
         self._medium = open_medium(path)
         self._offset = offset
+        self._left_bytes = 0  # of a line without an end that the last poll left there
         self.seq = seq
 
     @property
@@ -87,6 +88,7 @@ class LogReader:
         records = [self._parse(line, seq) for seq, line in enumerate(lines, self.seq + 1)]
         self.seq += len(records)
         self._offset = offset
+        self._left_bytes = 0 if records else self.torn_bytes
         return records
 
     def wait(self, timeout_s: float) -> None:
@@ -94,7 +96,7 @@ class LogReader:
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             time.sleep(min(left_s, _LOOK_S))
-            if self.torn_bytes > 0:
+            if self.torn_bytes > max(self._left_bytes, 0):
                 return
 
     @property

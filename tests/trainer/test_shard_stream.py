@@ -7,6 +7,7 @@ import random
 import shutil
 import tarfile
 import threading
+import time
 from collections import Counter, deque
 
 import pytest
@@ -392,6 +393,17 @@ def test_pressure_is_what_the_log_has_less_what_was_drawn(shard_maker, tmp_path)
         if stream.images_committed == sum(images):  # else the log is read again somewhat later
             left = sum(images) - sum(images[group] for group in drawn)
             assert stream.pressure == (left, False)
+
+
+def test_waiting_behind_a_line_that_its_writer_did_not_end_is_no_busy_loop(shard_maker, tmp_path):
+    shard_maker.commit(3)
+    with shard_maker.paths.log.open("ab") as log:
+        log.write(b'{"version": 1, "se')
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(), poll_s=0.2)
+    looks = iter(range(1000))
+    began = time.monotonic()
+    assert stream.next_batch(lambda: next(looks) == 3 or time.monotonic() > began + 60) is None
+    assert time.monotonic() > began + 2 * 0.2
 
 
 def test_a_batch_costs_no_look_at_all_groups(shard_maker, tmp_path, monkeypatch):
