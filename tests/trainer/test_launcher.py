@@ -15,7 +15,7 @@ import pytest
 from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.jobs import ProbeJob, RunJob
 from synthrep_trainer.launcher import Launcher
-from synthrep_trainer.records import Wanted
+from synthrep_trainer.records import Status, Wanted
 from synthrep_trainer.runs import RunFolder, Workplace, is_locked
 from synthrep_trainer.settings import TrainerSettings
 
@@ -246,6 +246,14 @@ def test_a_file_of_another_version_does_not_stop_the_rest(launcher, place, child
     (odd.path / name).write_text('{"version": 2}')
     sweep_until(launcher, lambda: run.state == "completed")
     assert starts(odd) == 0
+
+
+def test_completed_requests_are_looked_at_once(launcher, place, monkeypatch):
+    for _ in range(3):
+        submit(place).write_status(Status(state="completed"))
+    launcher.sweep()
+    monkeypatch.setattr(RunFolder, "state", property(lambda folder: pytest.fail(folder.id)))
+    launcher.sweep()
 
 
 def test_a_file_that_turns_unreadable_stops_no_other_child(launcher, place, child_does):

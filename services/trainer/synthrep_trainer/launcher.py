@@ -40,7 +40,7 @@ class Launcher:
         self._place = Workplace(settings.runs)
         self._place.make_folders()
         self._jobs: list[Job] = []
-        self._unreadable: set[Path] = set()  # requests of another version
+        self._over: set[Path] = set()  # completed for good, or of another version
         self.registry = make_registry()
         count = partial(Counter, registry=self.registry)
         self.sweeps = count(_PREFIX + "sweeps", "Looks at requests and children.")
@@ -86,11 +86,14 @@ class Launcher:
                 self._jobs.remove(job)
 
     def _claim(self, folder: RunFolder | ProbeFolder) -> bool:
-        if folder.path in self._unreadable:
+        if folder.path in self._over:
             return False
         job: Job
         try:
-            if folder.state != "queued":
+            state = folder.state
+            if state == "completed":
+                self._over.add(folder.path)
+            if state != "queued":
                 return False
             if isinstance(folder, RunFolder):
                 job = RunJob(folder, self._settings, self._place)
@@ -98,7 +101,7 @@ class Launcher:
                 job = ProbeJob(folder, self._settings)
             is_ours = job.claim()
         except ValidationError:
-            self._unreadable.add(folder.path)
+            self._over.add(folder.path)
             _log.exception("request_unreadable", extra={"id": folder.id})
             return False
         except OSError:
