@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from synthrep_generator.chunks import Chunk, Part, Place, chunk_from_places
+from synthrep_generator.chunks import Chunk, Part, Place, PlacesOf, chunk_from_places
 
 places = st.lists(
     st.builds(Place, st.sampled_from(["a", "b"]), st.integers(0, 20)), min_size=1, unique=True
@@ -52,6 +52,16 @@ def test_isolation_keeps_every_prompt_once_and_suspects_alone(
     assert sorted(p for piece in found for p in map(repr, piece)) == sorted(map(repr, wanted))
     assert all(len(piece) == 1 for piece in found if set(piece) & suspects)
     assert len(pieces) == len(suspects) + (len(suspects) < len(wanted))
+
+
+@given(st.lists(places, max_size=3))
+def test_the_places_of_many_chunks_are_those_of_each(wanted: list[list[Place]]) -> None:
+    found = PlacesOf(chunk_from_places("birds", some) for some in wanted)
+    inside = {place for some in wanted for place in some}
+    around = {Place(p.batch, p.index + step) for p in inside for step in (-1, 0, 1)}
+    assert {place for place in around if place in found} == inside
+    assert Place("elsewhere", 0) not in found
+    assert ("a", 0) not in found
 
 
 @pytest.mark.parametrize("batch", ["../b", "a/b", "", "a.b", "x" * 65])

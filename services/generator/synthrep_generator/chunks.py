@@ -6,6 +6,7 @@ Its id is a function of its content, so that whoever cuts the same prompts gets 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,19 @@ class Chunk(BaseModel):
         alone = [[place] for place in places if place in suspects]
         groups = [[place for place in places if place not in suspects], *alone]
         return [chunk_from_places(self.dataset, group) for group in groups if group]
+
+
+class PlacesOf:
+    """The places in many chunks, to be asked with `in`; a part is taken in at once."""
+
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
+        self._indices: defaultdict[str, set[int]] = defaultdict(set)
+        for chunk in chunks:
+            for part in chunk.parts:
+                self._indices[part.batch].update(range(part.start, part.start + part.count))
+
+    def __contains__(self, place: object) -> bool:
+        return isinstance(place, Place) and place.index in self._indices.get(place.batch, ())
 
 
 def chunk_from_places(dataset: str, places: Iterable[Place]) -> Chunk:

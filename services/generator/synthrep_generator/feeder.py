@@ -9,7 +9,7 @@ shares, so that models change seldom and groups of all of them come all along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Container, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -52,7 +52,7 @@ class BatchFeed:
             return True
         return self._next_block == len(self._blocks) and not self._unfinished
 
-    def free_blocks(self, outcomes: Outcomes, in_flight: Set[Place]) -> Iterator[Cut]:
+    def free_blocks(self, outcomes: Outcomes, in_flight: Container[Place]) -> Iterator[Cut]:
         """The prompts, block by block, that are neither decided nor in flight."""
         for block in list(self._unfinished):
             undecided = self._undecided(block, outcomes)
@@ -131,7 +131,7 @@ class DatasetFeed:
 
 def cut_chunks(
     feeds: Sequence[DatasetFeed],
-    in_flight: Set[Place],
+    in_flight: Container[Place],
     *,
     room: int,
     troubled: Set[str] = frozenset(),

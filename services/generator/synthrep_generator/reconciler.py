@@ -17,7 +17,7 @@ from functools import partial
 from prometheus_client import Counter
 from redis import RedisError
 
-from synthrep_generator.chunks import Chunk, Place, chunk_from_places
+from synthrep_generator.chunks import Chunk, Place, PlacesOf, chunk_from_places
 from synthrep_generator.feeder import DatasetFeed, cut_chunks
 from synthrep_generator.intake import is_paused
 from synthrep_generator.janitor import remove_leftovers
@@ -101,7 +101,7 @@ class Reconciler:
         waiting = len(flight.queued) + fed
         workers = max(1, len(self._queue.workers()))
         room = max(0, self._settings.jobs_ahead * workers - waiting)
-        in_flight = {place for chunk in flight.chunks.values() for place in chunk.places()}
+        in_flight = PlacesOf(flight.chunks.values())
         feeds, troubled = list(self._feeds.values()), self._queue.troubled()
         fed += self._queue.feed_all(cut_chunks(feeds, in_flight, room=room, troubled=troubled))
         self.figures.fed_chunks.inc(fed)
