@@ -189,6 +189,8 @@ def test_a_killed_device_process_fails_no_prompt(make: Make) -> None:
         stack.wait_for(queue.running_prompts)
         for child in children_of(worker.pid):
             assert os.sched_getscheduler(child) == os.SCHED_BATCH, "services go first"
+            session = Path(f"/proc/{child}/autogroup")
+            assert not session.exists() or session.read_text().split()[-1] == "5"
             os.kill(child, signal.SIGKILL)
     stack.wait_for(lambda: len(stack.decided()) == 12)
     assert worker.poll() is None

@@ -42,6 +42,7 @@ from synthrep_generator.pipe import (
     StopChunk,
 )
 from synthrep_generator.quality_gate import CaptionJudge, Judges, SafetyJudge
+from synthrep_generator.scheduling import work_in_stretches
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_generator.synthesis import (
     DeviceUse,
@@ -133,13 +134,9 @@ class DeviceProcess:
             except Exception as error:
                 # Whatever this was may have left the device in any state: start afresh.
                 logger.exception("device process gives up", extra={"chunk": about})
+                reason, is_fault = _reason(error), is_device_fault(error)
                 self._channel.send(
-                    Raised(
-                        chunk_id=about,
-                        reason=_reason(error),
-                        retryable=False,
-                        is_device_fault=is_device_fault(error),
-                    )
+                    Raised(chunk_id=about, reason=reason, retryable=False, is_device_fault=is_fault)
                 )
                 os._exit(1)
 
@@ -288,6 +285,7 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the worker says over the channel when to stop
+    work_in_stretches()  # it leads a session
     os.environ |= _OFFLINE
     settings = GeneratorSettings()
     configure_logging("generator-worker", settings.log_level)
