@@ -21,7 +21,7 @@ _JOB_S = 20.0  # of device work; jobs are cut for 5 to 30 s
 _SETUPS = [
     *(Setup(w, n, 16, 0.0) for n in (10_000, 100_000) for w in (1, 10, 100, 1000)),
     *(Setup(1000, n, 16, _JOB_S) for n in (10_000, 100_000)),
-    Setup(1000, 1_000_000, 160, _JOB_S),
+    *(Setup(1000, n, 160, _JOB_S) for n in (500_000, 1_000_000)),
 ]
 _LOGS = (10_000, 100_000, 1_000_000, 10_000_000)
 _PAGES, _VIEWERS = (1_000_000,), 10

@@ -1,10 +1,10 @@
 """Many workers in one process: `python -m benchmarks.scale.simulated_workers COUNT DEVICE_S OUT`.
 
 Each is the real `ChunkWorker` in a thread of its own, with its own connections to Redis: it takes
-jobs off RQ, leases, renews, reports, runs the real `generate_shard` and commits. Two things stand
-for others: the device waits about DEVICE_S for a full job and gives one picture of 8 px for every
-image, and no child process is around it. The workers of a process share one view of the commit log
-and of the intake, which in a real fleet every worker has for itself.
+jobs off RQ, leases, renews, reports, reads the captions, flushes a shard and commits it. Two things
+stand for others: the device waits about DEVICE_S for a full job and makes no image, so that shards
+are tar files without members, and no child process is around it. The workers of a process share one
+view of the commit log and of the intake, which in a real fleet every worker has for itself.
 """
 
 from __future__ import annotations
@@ -16,37 +16,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from synthrep_generator.chunks import Chunk, Place
+from synthrep_generator.chunks import Chunk
 from synthrep_generator.dataset_files import DatasetFiles, OpenDatasets
-from synthrep_generator.jobs import (
-    Bench,
-    JobResult,
-    JobStoppedError,
-    ShardRequest,
-    generate_shard,
-    make_request,
-)
-from synthrep_generator.model_files import find_model
+from synthrep_generator.jobs import JobResult, ShardRequest, make_request, seal
 from synthrep_generator.pipe import Finished, Raised
 from synthrep_generator.queues import WorkQueue
 from synthrep_generator.scheduling import work_in_stretches
 from synthrep_generator.settings import GeneratorSettings
-from synthrep_generator.supervisor import Outcome, Supervisor, Wish
-from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Pixels, Recipe
+from synthrep_generator.shard_writer import ShardWriter
+from synthrep_generator.supervisor import Outcome, Stopped, Supervisor, Wish
 from synthrep_generator.worker import ChunkWorker
 from synthrep_shared.commit_log import CommitLog, CommitRecord
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.logs import configure_logging
 
-STORE_PX = 8
 _TICK_S = 1.0  # between two looks at the device; a real worker takes four times as many
-_PIXELS = np.arange(STORE_PX * STORE_PX * 3, dtype=np.uint8).reshape(STORE_PX, STORE_PX, 3)
 
 
 class TimedLog(CommitLog):
@@ -89,85 +77,55 @@ class SharedDatasets:
         return files
 
 
-class WaitingSynthesizer(FakeSynthesizer):
-    """Takes from half to one and a half of its time, and gives the same picture for everything."""
-
-    def __init__(self, *, image_s: float, batch_images: int, seed: int) -> None:
-        super().__init__(store_px=STORE_PX, batch_images=batch_images)
-        self._image_s, self._random = image_s, random.Random(seed)
-
-    def generate(
-        self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
-    ) -> list[Any]:
-        """See Synthesizer."""
-        end = time.monotonic() + self._image_s * len(tasks) * self._random.uniform(0.5, 1.5)
-        on_step()
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _TICK_S))
-            on_step()
-        pictures: list[Pixels] = [_PIXELS] * len(tasks)
-        return pictures
-
-
-class _Watch:
-    """Passes a job's progress on to its worker, and the worker's wish to the job."""
-
-    def __init__(self, attend: Callable[[], Wish | None]) -> None:
-        self._attend = attend
-        self.is_stopped = False
-
-    def begin(self, places: Sequence[Place]) -> None:
-        """See jobs.Watch."""
-
-    def step(self) -> None:
-        """See jobs.Watch."""
-        wish = self._attend()
-        if wish is not None:
-            self.is_stopped = True
-            raise JobStoppedError(discard=wish is Wish.DROP)
-
-
 class SimulatedDevice(Supervisor):
-    """Runs chunks in the thread of the worker; there is no process to watch."""
+    """Waits from half to one and a half of its time in the thread of the worker, makes nothing."""
 
     def __init__(
         self, settings: GeneratorSettings, datasets: SharedDatasets, *, device_s: float, seed: int
     ) -> None:
         super().__init__(settings)
         self.device = "simulated"
-        self._datasets = datasets
-        self._model = next(iter(settings.models))
-        self._synthesizer = WaitingSynthesizer(
-            image_s=device_s / settings.job_images, batch_images=settings.job_images, seed=seed
-        )
+        self._datasets, self._random = datasets, random.Random(seed)
+        self._image_s = device_s / settings.job_images
 
     def tend(self) -> bool:
         """See Supervisor."""
         return True
 
     def run(self, chunk: Chunk, attend: Callable[[], Wish | None]) -> Outcome:
-        """See Supervisor."""
-        watch, result = _Watch(attend), JobResult()
-        bench = Bench(
-            synthesizer=self._synthesizer,
-            model=find_model(self._settings, self._model),
-            image_format=self._settings.image_format,
-            quality=self._settings.jpeg_quality,
-            watch=watch,
-        )
+        """See Supervisor; a wish ends a job with nothing committed."""
+        result = JobResult()
         try:
             request = self._datasets.request(chunk)
             if request is not None:
-                result = generate_shard(request, bench)
+                seconds = self._image_s * sum(group.num_images for group in request.groups)
+                if _wait(seconds * self._random.uniform(0.5, 1.5), attend) is not None:
+                    return Stopped()
+                result = seal_empty(request)
         except (OSError, SynthRepError) as error:
             return Raised(chunk_id=chunk.id, reason=repr(error), retryable=True)
         return Finished(
-            chunk_id=chunk.id,
-            stopped=watch.is_stopped,
-            device_s=0.0,
-            grown_bytes=0,
-            **result.model_dump(),
+            chunk_id=chunk.id, stopped=False, device_s=0.0, grown_bytes=0, **result.model_dump()
         )
+
+
+def _wait(seconds: float, attend: Callable[[], Wish | None]) -> Wish | None:
+    """Show life until the time is over or a wish is there, and return that."""
+    end = time.monotonic() + seconds
+    wish = attend()
+    while wish is None and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _TICK_S))
+        wish = attend()
+    return wish
+
+
+def seal_empty(request: ShardRequest) -> JobResult:
+    """Commit the groups with a shard that has no images, else in the way of a real one."""
+    with ShardWriter(request.files.paths.temporary) as writer:
+        for group in request.groups:
+            writer.add_group(group.gid, ())
+        sealed = len(seal(request, writer))
+    return JobResult(committed=sealed, images=sealed * request.settings.images_per_prompt)
 
 
 def serve(settings: GeneratorSettings, *, count: int, device_s: float) -> list[float]:

@@ -8,9 +8,6 @@ share the machine's cores with whatever else runs; how much that was is measured
 from __future__ import annotations
 
 import argparse
-import contextlib
-import http.client
-import json
 import resource
 import tempfile
 import threading
@@ -21,6 +18,7 @@ from statistics import quantiles
 
 import httpx
 
+from benchmarks.scale.status_polls import start_polls, take_polls
 from benchmarks.services import Services
 from benchmarks.uploads import body, upload
 from synthrep_shared.commit_log import LogReader
@@ -42,6 +40,7 @@ class UploadFigures:
     api_growth_mb: float
     redis_peak_mb: float
     status_p50_ms: float
+    status_p95_ms: float
     status_p99_ms: float
     status_max_ms: float
     polls: int
@@ -54,8 +53,8 @@ class UploadFigures:
             f"accepted after {self.accepted_s:.1f} s, "
             f"all committed after {self.committed_s:.1f} s; "
             f"API grew by {self.api_growth_mb:.1f} MB, Redis' peak {self.redis_peak_mb:.1f} MB; "
-            f"status p50 {self.status_p50_ms:.1f} p99 {self.status_p99_ms:.1f} "
-            f"max {self.status_max_ms:.1f} ms over {self.polls} polls; "
+            f"status p50 {self.status_p50_ms:.1f} p95 {self.status_p95_ms:.1f} "
+            f"p99 {self.status_p99_ms:.1f} max {self.status_max_ms:.1f} ms, {self.polls} polls; "
             f"others used {self.other_load_cores:.2f} cores"
         )
 
@@ -71,17 +70,19 @@ def measure_upload(prompts: int, *, workers: int, folder: Path) -> UploadFigures
             services.url, body(prompts), prompts=prompts, dataset=DATASET, images_per_prompt=1
         )
         accepted_s = time.monotonic() - started
-        watcher = threading.Thread(target=monitor.watch_status, args=(batch,), daemon=True)
-        watcher.start()
-        _wait_for_groups(services, prompts)
-        committed_s = time.monotonic() - started
-        watcher.join()
+        with start_polls(services.api_port, batch) as client:
+            try:
+                _wait_for_groups(services, prompts)
+                committed_s = time.monotonic() - started
+                status_ms = take_polls(client)
+            finally:
+                client.kill()
         monitor.stopped.set()
         peak: int = services.redis.info("memory")["used_memory_peak"]
         state = httpx.get(f"{services.url}/v1/batches/{batch}").json()
     if state["prompts"]["committed"] != prompts:
         raise RuntimeError(f"the API says {state}")
-    centiles = quantiles(monitor.status_ms, n=100, method="inclusive")
+    centiles = quantiles(status_ms, n=100, method="inclusive")
     return UploadFigures(
         prompts=prompts,
         workers=workers,
@@ -90,9 +91,10 @@ def measure_upload(prompts: int, *, workers: int, folder: Path) -> UploadFigures
         api_growth_mb=monitor.growth_bytes / 1e6,
         redis_peak_mb=peak / 1e6,
         status_p50_ms=centiles[49],
+        status_p95_ms=centiles[94],
         status_p99_ms=centiles[98],
-        status_max_ms=max(monitor.status_ms),
-        polls=len(monitor.status_ms),
+        status_max_ms=max(status_ms),
+        polls=len(status_ms),
         other_load_cores=busy.others_cores(),
     )
 
@@ -121,7 +123,6 @@ class _Monitor:
     services: Services
     stopped: threading.Event = field(default_factory=threading.Event)
     growth_bytes: int = 0
-    status_ms: list[float] = field(default_factory=list)
 
     def watch_memory(self) -> None:
         """Until stopped, note how far the API's resident memory is above its start."""
@@ -129,19 +130,6 @@ class _Monitor:
         before = resident_bytes(pid)
         while not self.stopped.wait(_POLL_S):
             self.growth_bytes = max(self.growth_bytes, resident_bytes(pid) - before)
-
-    def watch_status(self, batch: str) -> None:
-        """Until the batch is complete, ask for its state and note how long each answer takes."""
-        port = self.services.api_port
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-            while not self.stopped.is_set():
-                started = time.perf_counter()
-                connection.request("GET", f"/v1/batches/{batch}")
-                answer = connection.getresponse().read()
-                self.status_ms.append((time.perf_counter() - started) * 1e3)
-                if json.loads(answer)["state"] == "completed":
-                    return
-                time.sleep(_POLL_S)
 
 
 def resident_bytes(pid: int) -> int:

@@ -131,7 +131,7 @@ def generate_shard(request: ShardRequest, bench: Bench) -> JobResult:
                 return JobResult()
         run.shelf.finish()
         bench.watch.begin(())
-        sealed = _seal(request, writer)
+        sealed = seal(request, writer)
     failed = record_failures(request.files.paths, request.files.log, run.shelf.failures)
     images = len(sealed) * request.settings.images_per_prompt
     return JobResult(
@@ -269,7 +269,7 @@ def _generator_version() -> str:
     return version("synthrep-generator")
 
 
-def _seal(request: ShardRequest, writer: ShardWriter) -> list[str]:
+def seal(request: ShardRequest, writer: ShardWriter) -> list[str]:
     """Commit the written groups except those that got an outcome meanwhile; returns their ids."""
     if not writer.gids:
         return []
@@ -294,6 +294,6 @@ def _seal(request: ShardRequest, writer: ShardWriter) -> list[str]:
         )
     except AlreadyDecidedError as error:
         with writer.without(error.gids) as rest:
-            return _seal(request, rest)
+            return seal(request, rest)
     failpoint("shard-committed")
     return writer.gids
