@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from synthrep_cli import (
     batch_commands,
@@ -21,19 +22,28 @@ from synthrep_cli import (
     models_commands,
     probe_sets_commands,
     regenerate_command,
+    run_commands,
 )
 from synthrep_cli import prompts as prompt_files
-from synthrep_cli.fields import parse_fields, run_fields
-from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
+from synthrep_cli.fields import parse_fields
+from synthrep_cli.output import (
+    Json,
+    errors_in_one_sentence,
+    fitted,
+    print_json,
+    print_table,
+    short_number,
+)
 from synthrep_cli.probe_table import ProbeRow, probe_table
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.messages import (
     MAX_PROMPTS_PER_REQUEST,
+    BatchView,
     MixtureComponent,
     ProbeRequest,
     QualityGate,
-    RunRequest,
+    RunView,
 )
 
 app = typer.Typer(
@@ -45,6 +55,7 @@ app.add_typer(batch_commands.app, name="batch")
 app.add_typer(dataset_commands.app, name="dataset")
 app.add_typer(models_commands.app, name="models")
 app.add_typer(probe_sets_commands.app, name="probe-sets")
+app.add_typer(run_commands.app, name="run")
 
 _WATCH_S = 1.0
 
@@ -172,14 +183,15 @@ def status(
             return
         print_table(
             "batches",
-            ("id", "data set", "state", "accepted", "queued", "running", "committed", "failed",
-             "images", "images/s", "ETA s"),
+            ("id", "data set", "state", "captions", "queued", "running", "failed", "images",
+             "images/s", "ETA s"),
             [
-                (v.id, v.dataset, v.state, v.prompts.accepted, v.prompts.queued,
-                 v.prompts.running, v.prompts.committed, v.prompts.failed, v.images_committed,
-                 _number(v.images_per_s), _number(v.eta_s))
+                (v.id, v.dataset, v.state, f"{v.prompts.committed}/{v.prompts.accepted}",
+                 v.prompts.queued, v.prompts.running, v.prompts.failed, v.images_committed,
+                 short_number(v.images_per_s), short_number(v.eta_s))
                 for v in views
             ],
+            spare=("running", "queued", "images/s", "images", "ETA s", "failed"),
         )  # fmt: skip
 
 
@@ -188,52 +200,44 @@ def watch() -> None:
     """Batches and runs, live, until Ctrl-C."""
     from rich.live import Live
 
-    with errors_in_one_sentence(), SynthRep() as client, Live(refresh_per_second=2) as live:
+    console = Console()
+    with (
+        errors_in_one_sentence(),
+        SynthRep() as client,
+        _line_at_end(console),
+        Live(console=console, refresh_per_second=2) as live,
+    ):
         while True:
-            table = Table()
-            for column in ("what", "id", "data set", "state", "progress", "speed", "loss"):
-                table.add_column(column)
-            for b in client.batches():
-                done = f"{b.prompts.committed + b.prompts.failed}/{b.prompts.accepted} captions"
-                table.add_row("batch", b.id[:12], b.dataset, b.state, done,
-                              f"{_number(b.images_per_s)} images/s", "")  # fmt: skip
-            for r in client.runs():
-                table.add_row("run", r.id[:12], r.request.get("dataset") or r.request["source_url"],
-                              r.state, f"step {r.step}/{r.max_steps}",
-                              f"{_number(r.images_per_s)} images/s", _number(r.loss))  # fmt: skip
-            live.update(table)
+            rows = [_batch_row(b) for b in client.batches()]
+            rows += [_run_row(r) for r in client.runs()]
+            live.update(fitted(console, _WATCHED, rows, spare=("loss", "speed", "what")))
             time.sleep(_WATCH_S)
 
 
-@app.command()
-def train(
-    dataset: Annotated[str | None, typer.Option(help="Data set to follow; may be empty.")] = None,
-    source_url: Annotated[str | None, typer.Option(help="Or its address, http://…/D.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="JSON file with fields of POST /v1/runs, or TOML recipe; goes before a preset.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Published recipe, such as cc12m_vitb16_35ep.")
-    ] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps, unless the file has max_images.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Start a training run."""
-    with errors_in_one_sentence(), SynthRep() as client:
-        given = {"dataset": dataset, "source_url": source_url, "max_steps": max_steps}
-        fields = run_fields(preset, config) | {k: v for k, v in given.items() if v is not None}
-        run = client.train(RunRequest.model_validate(fields))
-        if as_json:
-            print_json(run)
-        else:
-            typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
+_WATCHED = ("id", "what", "data set", "state", "progress", "speed", "loss")
+
+
+def _batch_row(batch: BatchView) -> tuple[str, ...]:
+    decided = batch.prompts.committed + batch.prompts.failed
+    return (batch.id, "batch", batch.dataset, batch.state,
+            f"{decided}/{batch.prompts.accepted} captions",
+            f"{short_number(batch.images_per_s)} images/s", "")  # fmt: skip
+
+
+def _run_row(run: RunView) -> tuple[str, ...]:
+    return (run.id, "run", run_commands.source_of(run), run.state,
+            f"step {run.step}/{run.max_steps}",
+            f"{short_number(run.images_per_s)} images/s", short_number(run.loss))  # fmt: skip
+
+
+@contextmanager
+def _line_at_end(console: Console) -> Iterator[None]:
+    """Where there is no terminal, a live table leaves its last line open."""
+    try:
+        yield
+    finally:
+        if not console.is_terminal:
+            console.line()
 
 
 @app.command()
@@ -264,10 +268,7 @@ app.command()(doctor.doctor)
 app.command()(export_command.export)
 app.command("import")(import_command.import_encoder)
 app.command()(regenerate_command.regenerate)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+app.command()(run_commands.train)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from synthrep_shared.errors import SynthRepError
@@ -47,11 +48,67 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1))
 
 
-def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """A table as wide as the terminal."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column)
+def print_table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: Sequence[tuple[Any, ...]],
+    *,
+    spare: tuple[str, ...] = (),
+) -> None:
+    """A table for the terminal's width, as `fitted` makes it; whole where there is no terminal."""
+    console = Console()
+    table = fitted(console, columns, rows, spare=spare)
+    table.title = title
+    console.print(table, crop=False)
+
+
+def fitted(
+    console: Console,
+    columns: tuple[str, ...],
+    rows: Sequence[tuple[Any, ...]],
+    *,
+    spare: tuple[str, ...] = (),
+) -> Table:
+    """A table whose first column, the ids, is never cut nor folded.
+
+    Where it is wider than the terminal, `spare` columns are left out, the first first; what is
+    still too wide is folded in the columns beside the ids. Where there is no terminal the console
+    becomes as wide as the table.
+    """
+    kept, left_out = list(columns), []
+    table = _table(columns, rows, kept)
+    if not console.is_terminal:
+        console.width = max(console.width, _natural_width(table))
+    for name in spare:
+        if _natural_width(table) <= console.width:
+            break
+        kept.remove(name)
+        left_out.append(name)
+        table = _table(columns, rows, kept)
+    if left_out:
+        table.caption = f"no room for {', '.join(left_out)}"
+    return table
+
+
+def short_number(value: float | None) -> str:
+    """Three digits, as `0.123`; a dash for none."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]], kept: Sequence[str]) -> Table:
+    table = Table()
+    places = [i for i, name in enumerate(columns) if name in kept]
+    for i in places:
+        longest = max((len(str(row[i])) for row in rows), default=0)
+        table.add_column(
+            columns[i], overflow="fold", no_wrap=i == 0, min_width=None if i else longest
+        )
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+        table.add_row(*(str(row[i]) for i in places))
+    return table
+
+
+def _natural_width(table: Table) -> int:
+    """Characters that a table takes if nothing in it is folded."""
+    endless = Console(width=10_000)
+    return Measurement.get(endless, endless.options, table).maximum

@@ -45,6 +45,9 @@ PROBE = {
 DATASET = {"name": "birds", "shards": 3, "groups": 9, "images": 90, "bytes": 1_500_000,
            "last_seq": 3}  # fmt: skip
 
+SPEAKING = ("main", "batch_commands", "dataset_commands", "run_commands")
+"""Modules that have a client."""
+
 
 def page(*items: Any) -> dict[str, Any]:
     return {"items": list(items), "next_cursor": None}
@@ -64,6 +67,10 @@ class Services:
             "GET /v1/batches/b1/failures": page(FAILURE),
             "GET /v1/datasets": page(DATASET),
             "POST /v1/runs": RUN,
+            "GET /v1/runs": page(RUN),
+            "GET /v1/runs/r1": RUN,
+            "POST /v1/runs/r1/stop": RUN | {"state": "running"},
+            "POST /v1/runs/r1/resume": RUN,
             "POST /v1/probes": PROBE | {"state": "running", "value": None, "ci95": None},
             "GET /v1/probes/p1": PROBE,
         }
@@ -87,7 +94,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Services:
     """Stands for both services in every command."""
     stub = Services()
     client = partial(SynthRep, transport=httpx.MockTransport(stub))
-    for module in ("main", "batch_commands", "dataset_commands"):
+    for module in SPEAKING:
         monkeypatch.setattr(f"synthrep_cli.{module}.SynthRep", client)
     monkeypatch.setattr("synthrep_cli.main.time.sleep", lambda _: None)
     return stub
@@ -114,6 +121,10 @@ PRINTING = [
     ("batch", "resume", "b1"),
     ("batch", "cancel", "b1"),
     ("batch", "failures", "b1"),
+    ("run", "ls"),
+    ("run", "show", "r1"),
+    ("run", "stop", "r1"),
+    ("run", "resume", "r1"),
     ("dataset", "ls"),
     ("models", "ls"),  # the last: it asks no service
 ]
@@ -138,7 +149,7 @@ def test_help_of_every_command_teaches_every_parameter(path):
         assert parameter.help, f"{' '.join(path)}: {parameter.name} is not explained"
 
 
-@pytest.mark.parametrize("path", [(), ("batch",), ("dataset",), ("models",)], ids=str)
+@pytest.mark.parametrize("path", [(), ("batch",), ("dataset",), ("models",), ("run",)], ids=str)
 def test_a_group_without_a_command_shows_its_help(path):
     assert run(*path).output.strip().startswith("Usage")
 
@@ -226,7 +237,9 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setenv("SYNTHREP_GENERATOR_URL", address)
     monkeypatch.setenv("SYNTHREP_TRAINER_URL", address)
-    monkeypatch.setattr("synthrep_shared.client.time.sleep", lambda _: None)
+    for module in SPEAKING:
+        client = partial(SynthRep, sleep=lambda _: None)
+        monkeypatch.setattr(f"synthrep_cli.{module}.SynthRep", client)
     return address
 
 
@@ -260,7 +273,7 @@ def test_json_is_for_programs_and_a_table_for_people(services, arguments):
 
 
 def test_every_command_that_prints_a_result_takes_json():
-    groups = {("batch",), ("dataset",), ("models",), ("probe-sets",)}
+    groups = {("batch",), ("dataset",), ("models",), ("probe-sets",), ("run",)}
     silent = groups | {("demo",), ("up",), ("watch",)}
     for path in COMMANDS:
         options = {option for parameter in find(path).params for option in parameter.opts}
@@ -335,6 +348,20 @@ def test_a_run_or_a_checkpoint_is_probed(services, what, key):
     assert services.sent[0] == {key: what, "dataset": "digits", "protocol": "knn"}
 
 
+def test_runs_are_listed_shown_stopped_and_resumed(services):
+    listed = run("run", "ls").stdout
+    assert re.search(r"r1 .* birds .* queued .* 0/9", listed)
+    shown = run("run", "show", "r1").stdout.splitlines()
+    assert shown == ["r1  queued: step 0 of 9 on birds, loss –", "  dataset = birds"]
+    assert "paused once its checkpoint is written" in run("run", "stop", "r1").stdout
+    assert run("run", "resume", "r1").stdout.startswith("r1  queued")
+
+
+def test_a_run_that_failed_says_why(services):
+    services.answers["GET /v1/runs/r1"] = RUN | {"state": "failed", "error": "no images"}
+    assert "error: no images\n" in run("run", "show", "r1").stdout
+
+
 def test_watch_shows_batches_and_runs_until_interrupted(services, monkeypatch):
     services.answers["GET /v1/runs"] = page(RUN | {"step": 3, "loss": 2.5, "state": "running"})
 
@@ -342,8 +369,9 @@ def test_watch_shows_batches_and_runs_until_interrupted(services, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("synthrep_cli.main.time.sleep", interrupt)
-    result = run("watch", env={"COLUMNS": "160"})
+    result = run("watch")
     assert result.exit_code == 130
+    assert result.stdout.endswith("╯\n") or result.stdout.endswith("┘\n")
     assert re.search(r"b1 .* running .* 3/5 captions .* 3.5 images/s", result.stdout)
     assert re.search(r"r1 .* running .* step 3/9 .* 2.5", result.stdout)
 
