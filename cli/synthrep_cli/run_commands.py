@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import typer
 
 from synthrep_cli.fields import run_fields
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table, short_number
 from synthrep_shared.client import SynthRep
+from synthrep_shared.errors import ServiceError
 from synthrep_shared.messages import RunRequest, RunView
 
 app = typer.Typer(help="List, show, stop and resume training runs.", no_args_is_help=True)
@@ -104,14 +106,47 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps, unless the file has max_images.")
     ] = None,
+    captions_per_batch: Annotated[
+        int | None, typer.Option(min=2, help="Captions a step; 64 unless a file says otherwise.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Start a training run."""
     with errors_in_one_sentence(), SynthRep() as client:
-        given = {"dataset": dataset, "source_url": source_url, "max_steps": max_steps}
+        given = {
+            "dataset": dataset,
+            "source_url": source_url,
+            "max_steps": max_steps,
+            "captions_per_batch": captions_per_batch,
+        }
         fields = run_fields(preset, config) | {k: v for k, v in given.items() if v is not None}
-        run = client.train(RunRequest.model_validate(fields))
+        if not {"dataset", "source_url"} & fields.keys():
+            raise typer.BadParameter("name what to train on", param_hint="--dataset")
+        request = RunRequest.model_validate(fields)
+        run = client.train(request)
         if as_json:
             print_json(run)
-        else:
-            typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
+            return
+        typer.echo(f"{run.id}  {run.state}; follow it: synthrep watch")
+        if shortage := _shortage(request):
+            typer.echo(shortage, err=True)  # so that a script that takes the id gets it alone
+
+
+def _shortage(request: RunRequest) -> str:
+    """What the first step has to wait for, in a sentence; empty where that is not known."""
+    if request.dataset is None:
+        return ""
+    try:
+        with SynthRep(retries=0) as client:  # a hint is worth no wait
+            committed = client.dataset(request.dataset).groups
+    except ServiceError as error:
+        if error.status != httpx.codes.NOT_FOUND:
+            return ""
+        committed = 0
+    wanted = max(request.captions_per_batch, request.min_fill_groups or 0)
+    if committed >= wanted:
+        return ""
+    return (
+        f"it begins when {wanted} captions have images, now {committed} have; "
+        "--captions-per-batch takes fewer"
+    )

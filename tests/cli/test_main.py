@@ -66,6 +66,7 @@ class Services:
             "POST /v1/batches/b1/cancel": BATCH | {"state": "cancelled"},
             "GET /v1/batches/b1/failures": page(FAILURE),
             "GET /v1/datasets": page(DATASET),
+            "GET /v1/datasets/birds": DATASET,
             "POST /v1/runs": RUN,
             "GET /v1/runs": page(RUN),
             "GET /v1/runs/r1": RUN,
@@ -201,7 +202,33 @@ def test_a_config_that_is_no_json_object_is_wrong_usage(services, tmp_path, text
 def test_the_fields_of_a_config_are_sent(services, tmp_path):
     (tmp_path / "run.json").write_text('{"max_images": 512, "lr": 0.01, "dataset": "other"}')
     assert run("train", "--dataset", "birds", "--config", str(tmp_path / "run.json")).exit_code == 0
-    assert services.sent == [{"dataset": "birds", "max_images": 512, "lr": 0.01}]
+    assert services.sent[0] == {"dataset": "birds", "max_images": 512, "lr": 0.01}
+
+
+def test_a_run_without_a_data_set_is_told_to_name_one(services):
+    assert "--dataset" in run("train", "--max-steps", "9").stderr
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "begins"),
+    [
+        ("birds", (), "when 64 captions have images, now 9 have"),
+        ("birds", ("--captions-per-batch", "10"), "when 10 captions have images, now 9 have"),
+        ("empty", (), "when 64 captions have images, now 0 have"),
+        ("birds", ("--captions-per-batch", "9"), None),
+    ],
+)
+def test_a_run_says_what_its_first_step_waits_for(services, dataset, options, begins):
+    result = run("train", "--dataset", dataset, "--max-steps", "9", *options)
+    assert result.exit_code == 0
+    assert ("it begins" in result.stderr) == bool(begins)
+    assert (begins or "") in result.stderr
+    assert result.stdout == "r1  queued; follow it: synthrep watch\n"
+
+
+def test_captions_a_step_are_sent(services):
+    run("train", "--dataset", "birds", "--max-steps", "9", "--captions-per-batch", "9")
+    assert services.sent[0] == {"dataset": "birds", "max_steps": 9, "captions_per_batch": 9}
 
 
 def test_a_preset_is_sent_with_what_a_config_changes(services, tmp_path):
