@@ -77,7 +77,7 @@ def run_demo(config: DemoConfig, captions: list[str], console: Console) -> DemoR
     environment = {"SYNTHREP_TRAINER_THREADS": "2", "SYNTHREP_GENERATOR_THREADS": "1",
                    "SYNTHREP_PROBE_DATA": ""}  # fmt: skip
     with Stack(StackConfig(folder=config.folder, environment=environment)) as stack:
-        stack.wait_ready()
+        stack.wait_ready(lambda text: console.print(f"    {text}"))
         console.print(f"    watch it at [link]{stack.trainer_url}/[/] while it runs")
         with stack.client() as client:
             console.print(

@@ -107,7 +107,7 @@ def up(
         generator_port=8000, trainer_port=8001,
     )  # fmt: skip
     with errors_in_one_sentence(), sole_use(config.folder), Stack(config) as stack:
-        stack.wait_ready()
+        stack.wait_ready(typer.echo)
         typer.echo(f"page       {stack.trainer_url}/")
         typer.echo(f"generator  {stack.generator_url}/openapi.json")
         typer.echo(f"trainer    {stack.trainer_url}/openapi.json")

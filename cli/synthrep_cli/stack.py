@@ -7,7 +7,6 @@ this process (parent-death signal), and logs to a file of its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -15,23 +14,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from redis import Redis, RedisError
 
+from synthrep_cli.child_signals import (
+    INTERRUPTS,
+    interrupts_held_back,
+    interrupts_ignored,
+    prepare_child,
+    signal_group,
+)
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import SynthRepError
 
 PID_FILE = "stack.pid"
 """Lies in the folder of a stack while it runs: whom `make down` tells to stop."""
 
-_PR_SET_PDEATHSIG = 1
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.25
+_REDIS_S = 5.0
 _LAST_WORDS_BYTES = 2000
 
 
@@ -106,8 +112,10 @@ class Stack:
     def __enter__(self) -> Stack:
         for port in (self._generator_port, self._trainer_port):
             _expect_free(port)
+        if self.config.redis_url is not None:
+            _expect_redis(self.config.redis_url)
         # Explicit: a shell's background job inherits an ignored SIGINT, and SIGTERM must stop too.
-        for number in _INTERRUPTS:
+        for number in INTERRUPTS:
             signal.signal(number, signal.default_int_handler)
         try:
             self._start_all()
@@ -132,31 +140,38 @@ class Stack:
                     f"{self._last_words(name)}"
                 )
 
-    def wait_ready(self) -> None:
-        """Block until both APIs and a worker are ready; raises StackError past the limit."""
+    def wait_ready(self, tell: Callable[[str], object] = lambda text: None) -> None:
+        """Block until both APIs, and a worker where there is to be one, are ready.
+
+        `tell` is told what is waited for. Raises StackError past the limit.
+        """
         deadline = time.monotonic() + _START_LIMIT_S
-        wanted = [f"{self.generator_url}/readyz", f"{self.trainer_url}/readyz"]
+        told: list[str] = []
         with httpx.Client(timeout=2) as http:
-            while wanted or not self._has_worker(http):
+            while missing := self._missing(http):
                 self.check()
+                names = ", ".join(missing)
                 if time.monotonic() > deadline:
-                    raise StackError(f"not ready after {_START_LIMIT_S:.0f} s; see {self._logs}")
-                wanted = [url for url in wanted if not _is_ok(http, url)]
+                    limit = f"{_START_LIMIT_S:.0f} s"
+                    raise StackError(f"{names} not ready after {limit}; see {self._logs}")
+                if missing != told:
+                    tell(f"waiting for {names} …")
+                    told = missing
                 time.sleep(_POLL_S)
 
     def stop(self) -> None:
         """Stop every child: SIGTERM in reverse order of start, SIGKILL past the limit."""
-        with _interrupts_ignored():
+        with interrupts_ignored():
             children = list(reversed(self._children.items()))
             redis = [c for c in children if c[0] == "redis"]
             for group in ([c for c in children if c[0] != "redis"], redis):
                 for _, child in group:
-                    _signal_group(child, signal.SIGTERM)
+                    signal_group(child, signal.SIGTERM)
                 deadline = time.monotonic() + _STOP_LIMIT_S
                 for _, child in group:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(max(0.1, deadline - time.monotonic()))
-                    _signal_group(child, signal.SIGKILL)
+                    signal_group(child, signal.SIGKILL)
                     child.wait()
             self._children.clear()
 
@@ -200,7 +215,7 @@ class Stack:
         environment = self._environment()
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with (self._logs / f"{name}.log").open("wb") as log, _interrupts_held_back():
+        with (self._logs / f"{name}.log").open("wb") as log, interrupts_held_back():
             self._children[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -208,8 +223,15 @@ class Stack:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_prepare_child,
+                preexec_fn=prepare_child,
             )
+
+    def _missing(self, http: httpx.Client) -> list[str]:
+        apis = {"generator": self.generator_url, "trainer": self.trainer_url}
+        missing = [name for name, url in apis.items() if not _is_ok(http, f"{url}/readyz")]
+        if self.config.workers and not self._has_worker(http):
+            missing.append("worker")
+        return missing
 
     def _has_worker(self, http: httpx.Client) -> bool:
         try:
@@ -230,7 +252,19 @@ def _expect_free(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise StackError(f"port {port} is taken; stop what listens there") from error
+            raise StackError(
+                f"port {port} is taken, perhaps by another `synthrep up`; stop what listens there"
+            ) from error
+
+
+def _expect_redis(url: str) -> None:
+    try:
+        with Redis.from_url(url, socket_connect_timeout=_REDIS_S, socket_timeout=_REDIS_S) as redis:
+            redis.ping()
+    except (RedisError, ValueError) as error:
+        raise StackError(
+            f"no use of that Redis: {error}; start it, or leave --redis out for an embedded one"
+        ) from error
 
 
 def _is_ok(http: httpx.Client, url: str) -> bool:
@@ -238,39 +272,3 @@ def _is_ok(http: httpx.Client, url: str) -> bool:
         return http.get(url).is_success
     except httpx.TransportError:
         return False
-
-
-def _prepare_child() -> None:
-    """Between fork and exec: the child dies with its parent, and can be told to stop again."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
-
-
-def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Signal the child's whole session; after SIGKILL nothing that it started is left."""
-    with contextlib.suppress(ProcessLookupError):
-        if number == signal.SIGKILL:
-            os.killpg(child.pid, number)
-        elif child.poll() is None:
-            child.send_signal(number)
-
-
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Amid a fork a Ctrl-C would be lost, or the child with it; afterwards it still comes."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A second Ctrl-C must not leave children behind; stopping is bounded in time anyway."""
-    former = [signal.signal(number, signal.SIG_IGN) for number in _INTERRUPTS]
-    try:
-        yield
-    finally:
-        for number, handler in zip(_INTERRUPTS, former, strict=True):
-            signal.signal(number, handler)
