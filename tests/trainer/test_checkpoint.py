@@ -98,6 +98,15 @@ def test_old_checkpoints_go_and_those_at_multiples_stay(tmp_path):
     assert [c.step for c in list_checkpoints(tmp_path)] == [10]
 
 
+def test_the_best_on_held_out_captions_stays_the_newest_of_equals(tmp_path):
+    for step, accuracy in enumerate([None, 0.2, 0.6, 0.6, 0.5, None], 1):
+        save_checkpoint(tmp_path, step, PARTS, STATE, knn_accuracy=accuracy)
+        retire_checkpoints(tmp_path, step=step, keep=1, keep_every=0)
+    assert [(c.step, c.manifest.knn_accuracy) for c in list_checkpoints(tmp_path)] == [
+        (4, 0.6), (6, None),
+    ]  # fmt: skip
+
+
 def test_a_run_that_went_back_before_broken_checkpoints_keeps_what_it_saves(tmp_path):
     for step in (30, 40):
         (save_checkpoint(tmp_path, step, PARTS, STATE) / "state.json").write_text("{")

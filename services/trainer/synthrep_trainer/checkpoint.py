@@ -55,7 +55,14 @@ class Checkpoint(NamedTuple):
         return self.parts["ema_encoder"]
 
 
-def save_checkpoint(folder: Path, step: int, parts: Parts, state: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parts: Parts,
+    state: Mapping[str, Any],
+    *,
+    knn_accuracy: float | None = None,
+) -> Path:
     """Write the checkpoint of a step durably and atomically; blocks until it is on disk."""
     files = {
         f"{part}{_SUFFIX}": safetensors.torch.save(
@@ -68,7 +75,9 @@ def save_checkpoint(folder: Path, step: int, parts: Parts, state: Mapping[str, A
         name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         for name, data in files.items()
     }
-    manifest = Manifest(step=step, created_at=datetime.now(UTC), files=entries)
+    manifest = Manifest(
+        step=step, created_at=datetime.now(UTC), files=entries, knn_accuracy=knn_accuracy
+    )
     return publish_checkpoint(folder, files, manifest)
 
 

@@ -44,6 +44,8 @@ class Manifest(BaseModel):
     step: int
     created_at: datetime
     files: dict[str, FileEntry]
+    knn_accuracy: float | None = None
+    """Of held-out captions, 0 to 1, as last looked at since the checkpoint before; None: never."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def publish_checkpoint(folder: Path, files: dict[str, bytes], manifest: Manifest
     name = f"step-{manifest.step:09d}"
     final, written = folder / name, temporary_path(folder, name)
     written.mkdir()
+    description = manifest.model_dump_json(exclude_none=True).encode()
     try:
-        for file, data in [*files.items(), (MANIFEST, manifest.model_dump_json().encode())]:
+        for file, data in [*files.items(), (MANIFEST, description)]:
             with (written / file).open("xb") as stream:
                 stream.write(data)
                 stream.flush()
@@ -128,8 +131,9 @@ def publish_checkpoint(folder: Path, files: dict[str, bytes], manifest: Manifest
 
 
 def retire_checkpoints(folder: Path, *, step: int, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep`, and those at multiples of `keep_every` (0: none) steps.
+    """Delete all but the newest `keep`, those at multiples of `keep_every` (0: none) and the best.
 
+    The best has the highest `knn_accuracy`, and of equals is the newest; without any there is none.
     The newest is that of `step`: later ones were passed over when the run went on from before them,
     and stay until their step is taken again. What a killed process left half written or half
     deleted goes too.
@@ -137,9 +141,17 @@ def retire_checkpoints(folder: Path, *, step: int, keep: int, keep_every: int) -
     for path in folder.glob(".*.part"):
         shutil.rmtree(path, ignore_errors=True)
     checkpoints = [c for c in list_checkpoints(folder) if c.step <= step]
+    best = max(checkpoints, key=_merit, default=None)
     for checkpoint in checkpoints[:-keep]:
-        if not keep_every or checkpoint.step % keep_every:
+        is_best = checkpoint is best and checkpoint.manifest.knn_accuracy is not None
+        is_due = keep_every > 0 and checkpoint.step % keep_every == 0
+        if not is_best and not is_due:
             _remove(checkpoint.path)
+
+
+def _merit(checkpoint: CheckpointFolder) -> tuple[float, int]:
+    accuracy = checkpoint.manifest.knn_accuracy
+    return (-1.0 if accuracy is None else accuracy, checkpoint.step)
 
 
 def _remove(path: Path) -> None:
