@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from synthrep_cli.folders import dataset_paths
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json, print_table
 from synthrep_shared.client import SynthRep
-from synthrep_shared.storage import DatasetPaths, parse_root
 
 app = typer.Typer(help="Look at data sets, check and repair them.", no_args_is_help=True)
 
@@ -28,7 +28,7 @@ Root = Annotated[
     str | None,
     typer.Option(
         help="Folder or s3://bucket/prefix of the data sets; "
-        "default: SYNTHREP_GENERATOR_ROOT, or runs/data."
+        "default: SYNTHREP_GENERATOR_ROOT, or runs/data, or that of `synthrep up`."
     ),
 ]
 MinAge = Annotated[
@@ -63,7 +63,7 @@ def verify(
     from synthrep_generator.verify import verify_dataset
 
     with errors_in_one_sentence():
-        report = verify_dataset(_paths(root, dataset), now_s=time.time(), min_age_s=min_age)
+        report = verify_dataset(dataset_paths(root, dataset), now_s=time.time(), min_age_s=min_age)
     if as_json:
         print_json(report)
     else:
@@ -99,7 +99,7 @@ def repair(
     from synthrep_generator.repair import repair_dataset
 
     with errors_in_one_sentence():
-        repairs = repair_dataset(_paths(root, dataset), now_s=time.time(), min_age_s=min_age)
+        repairs = repair_dataset(dataset_paths(root, dataset), now_s=time.time(), min_age_s=min_age)
     if as_json:
         print_json(repairs)
         return
@@ -134,10 +134,11 @@ def import_folder(
     from synthrep_shared.keys import ANONYMOUS
 
     with errors_in_one_sentence():
+        paths = dataset_paths(root, dataset, is_new=True)
         found = find_images(folder, caption_by="file" if each_its_own else "text")
         with _bar(len(found), quiet=as_json) as advance:
             report = import_images(
-                found, _paths(root, dataset), owner=owner or ANONYMOUS, threads=threads,
+                found, paths, owner=owner or ANONYMOUS, threads=threads,
                 advance=advance,
             )  # fmt: skip
     if as_json:
@@ -162,11 +163,3 @@ def _bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
     ) as bars:
         task = bars.add_task("", total=total)
         yield lambda count: bars.advance(task, count)
-
-
-def _paths(root: str | None, dataset: str) -> DatasetPaths:
-    if root is None:
-        from synthrep_generator.settings import GeneratorSettings
-
-        return DatasetPaths(GeneratorSettings().root, dataset)
-    return DatasetPaths(parse_root(root), dataset)

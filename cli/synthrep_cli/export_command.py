@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from synthrep_cli.folders import workplace_of
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json
 
 _EXPORTS = Path("runs/exports")
@@ -28,7 +29,10 @@ def export(
     ] = None,
     runs: Annotated[
         Path | None,
-        typer.Option(help="Folder of the runs; default: SYNTHREP_TRAINER_RUNS, or runs/trainer."),
+        typer.Option(
+            help="Folder of the runs; default: SYNTHREP_TRAINER_RUNS, or runs/trainer, or that of "
+            "`synthrep up`."
+        ),
     ] = None,
     weights: Annotated[
         Literal["auto", "last", "ema"],
@@ -39,11 +43,9 @@ def export(
 ) -> None:
     """Hand a trained encoder on, as a folder that needs no code of ours."""
     from synthrep_trainer.export import export_checkpoint, find_checkpoint
-    from synthrep_trainer.runs import Workplace
-    from synthrep_trainer.settings import TrainerSettings
 
     with errors_in_one_sentence():
-        checkpoint = find_checkpoint(what, Workplace(runs or TrainerSettings().runs))
+        checkpoint = find_checkpoint(what, workplace_of(runs, what))
         name = f"{checkpoint.path.absolute().parent.parent.name}-{checkpoint.step}-{format_name}"
         output = output or _EXPORTS / name
         made = export_checkpoint(checkpoint, output, format_name, weights=weights, replace=force)

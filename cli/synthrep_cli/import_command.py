@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from synthrep_cli.folders import workplaces
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json
 from synthrep_shared.presets import load_preset
 
@@ -25,18 +26,19 @@ def import_encoder(
     ] = "published",
     runs: Annotated[
         Path | None,
-        typer.Option(help="Folder of the runs; default: SYNTHREP_TRAINER_RUNS, or runs/trainer."),
+        typer.Option(
+            help="Folder of the runs; default: SYNTHREP_TRAINER_RUNS, or runs/trainer, or that of "
+            "`synthrep up`."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Bring a published encoder here, as a completed run for `synthrep probe` and `export`."""
     from synthrep_trainer.published import import_published
-    from synthrep_trainer.runs import Workplace
-    from synthrep_trainer.settings import TrainerSettings
 
     with errors_in_one_sentence():
         recipe = load_preset(preset) if preset else None
-        place = Workplace(runs or TrainerSettings().runs)
+        place = workplaces(runs)[-1]
         fields = recipe.request if recipe else None
         run = import_published(file, place, dataset=dataset, recipe=fields)
         model = run.record.request.model

@@ -26,6 +26,7 @@ from synthrep_cli import (
 )
 from synthrep_cli import prompts as prompt_files
 from synthrep_cli.fields import parse_fields
+from synthrep_cli.folders import UP
 from synthrep_cli.output import (
     Json,
     errors_in_one_sentence,
@@ -97,7 +98,7 @@ def demo(
 def up(
     workers: Annotated[int, typer.Option(min=0, help="GPU workers.")] = 1,
     redis: Annotated[str | None, typer.Option(help="URL of a Redis; none: embedded.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where data, runs and logs go.")] = Path("runs/up"),
+    folder: Annotated[Path, typer.Option(help="Where data, runs and logs go.")] = UP,
 ) -> None:
     """All services in this terminal, until Ctrl-C."""
     from synthrep_cli.stack import Stack, StackConfig, sole_use
