@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
 
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import ProbeRequest, RunRequest
+from synthrep_trainer import routes_runs
 from synthrep_trainer.api import create_app, make_server
 from synthrep_trainer.checkpoint_folders import Manifest, publish_checkpoint
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
@@ -453,6 +455,35 @@ def test_a_run_shows_how_many_shards_it_leaves_out(api, place):
     (run.path / "quarantine").mkdir()
     (run.path / "quarantine" / "3.json").write_text("{}")
     assert api.get(f"/v1/runs/{run.id}").json()["shards_quarantined"] == 1
+
+
+def test_only_a_running_run_says_what_it_waits_for(api, place):
+    run = place.submit_run(RunRequest(**RUN))
+    run.waiting.write_text("captions: 16 of 64 are there")
+    run.write_status(Status(state="running"))
+    url = f"/v1/runs/{run.id}"
+    with locked(run.lease):
+        assert api.get(url).json()["waiting_for"] == "captions: 16 of 64 are there"
+    assert api.get(url).json()["waiting_for"] == ""
+
+
+def test_events_tell_what_a_run_waits_for(api, place, monkeypatch):
+    run = place.submit_run(RunRequest(**RUN))
+    run.write_status(Status(state="running"))
+    sleeps = iter([lambda: run.waiting.write_text("captions: 1 of 64 are there"), lambda: None,
+                   lambda: run.write_status(Status(state="completed"))])  # fmt: skip
+
+    async def pause(_):
+        next(sleeps)()
+
+    monkeypatch.setattr(routes_runs, "anyio", SimpleNamespace(sleep=pause))
+    with locked(run.lease):
+        lines = api.get(f"/v1/runs/{run.id}/events").text.splitlines()
+    views = [json.loads(line[5:]) for line in lines if line.startswith("data:")]
+    told = [(view["state"], view["waiting_for"]) for view in views]
+    assert told == [
+        ("running", ""), ("running", "captions: 1 of 64 are there"), ("completed", ""),
+    ]  # fmt: skip
 
 
 def test_a_resume_that_meets_its_run_being_put_down_is_not_lost(api, place, monkeypatch):

@@ -29,7 +29,7 @@ from synthrep_trainer.page.generator import Generator
 from synthrep_trainer.page.routes import STATIC
 from synthrep_trainer.page.sections import PARTS, Choice, Viewer
 from synthrep_trainer.records import Status
-from synthrep_trainer.runs import Workplace
+from synthrep_trainer.runs import Workplace, locked
 from synthrep_trainer.settings import TrainerSettings
 
 from .conftest import ShardMaker
@@ -400,6 +400,19 @@ def test_an_expired_key_leads_back_to_the_question_for_it(make_page):
 def test_another_site_cannot_sign_a_reader_in(page):
     assert page.browser.post("/page/session", data={"key": "theirs"}).status_code == 403
     assert not page.browser.cookies
+
+
+def test_a_run_that_waits_says_for_what(page):
+    page.post("runs", dataset="birds", max_steps="30")
+    (folder,) = page.place.runs()
+    folder.write_status(Status(state="running"))
+    with locked(folder.lease):
+        assert "No step yet: the run starts." in page.get("/page/parts/runs")
+        folder.waiting.write_text("captions: 16 of 64 are there")
+        text = page.get("/page/parts/runs")
+        assert "No step yet: the run waits for captions: 16 of 64 are there." in text
+        write_steps(page, folder.id, 20)
+        assert "The run waits for captions: 16 of 64" in page.get("/page/parts/runs")
 
 
 def test_a_generator_that_does_not_answer_takes_only_its_parts_away(make_page):

@@ -159,6 +159,27 @@ def test_the_first_batch_waits_for_the_minimum_fill(shard_maker, tmp_path):
     assert ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=8)).next_batch(AT_ONCE)
 
 
+def test_a_wait_for_captions_says_how_many_are_there(shard_maker, tmp_path):
+    shard_maker.commit(7)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(min_fill_groups=8), poll_s=0.01)
+    assert stream.waiting_for == ""
+    words = []
+    stream.next_batch(lambda: words.append(stream.waiting_for) or len(words) > 1)
+    assert words == ["", "captions: 7 of 8 are there"]
+
+
+def test_a_wait_at_the_bound_of_uses_is_not_one_for_captions(shard_maker, tmp_path):
+    shard_maker.commit(6, images=2)
+    stream = ShardStream(shard_maker.paths, tmp_path, plan(max_uses_per_image=1), poll_s=0.01)
+    stream.next_batch(NEVER)
+    words = []
+    stream.next_batch(lambda: words.append(stream.waiting_for) or len(words) > 1)
+    assert words[-1] == "new images: those there were used once each"
+    fewer = ShardStream(shard_maker.paths, tmp_path / "fewer", plan(captions_per_batch=7))
+    fewer.next_batch(lambda: words.append(fewer.waiting_for) or len(words) > 3)
+    assert words[-1] == "captions: 6 of 7 are there"
+
+
 def test_another_seed_gives_another_order(shard_maker, tmp_path):
     shard_maker.commit(40)
     orders = [
@@ -368,6 +389,16 @@ def test_training_waits_for_its_ratio(shard_maker, tmp_path):
     assert stream.ratio_waits == waits + 1
     assert stream.ratio_wait_s > wait_s
     assert not stream.pressure.is_waiting
+
+
+def test_a_wait_for_the_ratio_says_how_many_images_are_there(shard_maker, tmp_path):
+    shard_maker.commit(6, images=2)
+    sampling = plan(min_generated_per_trained=0.7, views_per_batch=12)
+    stream = ShardStream(shard_maker.paths, tmp_path, sampling, poll_s=0.01)
+    words = []
+    assert stream.next_batch(NEVER) is not None
+    stream.next_batch(lambda: words.append(stream.waiting_for) or len(words) > 1)
+    assert words == ["", "new images: 12 of 17 are there"]
 
 
 def test_pressure_counts_the_images_of_groups_that_were_never_drawn(shard_maker, tmp_path):

@@ -19,13 +19,14 @@ import torch
 
 from synthrep_cli.stack import free_port
 from synthrep_shared.messages import RunRequest
-from synthrep_trainer import train
+from synthrep_trainer import recorder, train
 from synthrep_trainer.checkpoint_folders import list_checkpoints
 from synthrep_trainer.child import DISK_FULL
 from synthrep_trainer.errors import BadShardError, NonFiniteLossError, RunBusyError, RunError
 from synthrep_trainer.learner import Learner
 from synthrep_trainer.metrics import read_metrics
 from synthrep_trainer.recorder import RunRecorder
+from synthrep_trainer.records import Status
 from synthrep_trainer.runs import RunFolder, Workplace, is_locked, locked
 from synthrep_trainer.settings import TrainerSettings
 
@@ -209,6 +210,33 @@ def test_a_stop_while_waiting_for_shards_ends_the_run_at_once(settings, submit):
     assert not train.run(run, settings, lambda: time.monotonic() > started + 0.2)
     assert time.monotonic() < started + 5
     assert losses(run) == []
+
+
+def test_a_run_says_what_it_waits_for_until_it_comes(shard_maker, settings, submit, monkeypatch):
+    monkeypatch.setattr("synthrep_trainer.loop._SAY_AFTER_S", 0.0)
+    written = []
+    write = recorder.publish_bytes
+    monkeypatch.setattr(
+        recorder,
+        "publish_bytes",
+        lambda *args, **named: written.append(args) or write(*args, **named),
+    )
+    run = submit(max_steps=2)
+    run.write_status(Status(state="running"))
+    shard_maker.commit(3)
+    asked = []
+
+    def stop() -> bool:
+        words = run.waiting.read_text() if run.waiting.exists() else ""
+        if words == "captions: 3 of 4 are there" and not asked:
+            asked.append(words)
+            shard_maker.commit(5)
+        return False
+
+    assert train.run(run, settings, stop)
+    assert asked
+    assert run.waiting.read_text() == ""
+    assert len(written) == 2  # the words, and their end
 
 
 def test_checkpoints_come_when_due_and_at_the_end(shard_maker, settings, submit, monkeypatch):

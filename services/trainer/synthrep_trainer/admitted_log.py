@@ -52,6 +52,7 @@ class AdmittedLog:
         self._digest = hashlib.sha256()
         self._seq = 0
         self._journaled_seq = journal.last_seq
+        self._usable = 0  # groups, when a window was last decided
 
     @property
     def images_upcoming(self) -> int:
@@ -100,7 +101,8 @@ class AdmittedLog:
         deadline = time.monotonic() + self._verify_s
         while True:
             more = self.scout(limit_s=deadline - time.monotonic())
-            if self._count_usable(window, taken) >= missing:
+            self._usable = self._count_usable(window, taken)
+            if self._usable >= missing:
                 break
             if not more:
                 return False
@@ -110,18 +112,29 @@ class AdmittedLog:
         self._journal.append(Admission(window=window, seq=seq, step=step, log=digest.hexdigest()))
         return True
 
+    def lack(self, *, wanted: int, num_taken: int) -> str:
+        """What `decide` found too few of, in words, for a batch of `wanted` groups; rank 0 only."""
+        if self.index.num_trainable + self._count_fresh() < wanted:
+            return f"captions: {num_taken + self._usable:,} of {wanted:,} are there"
+        uses = self._plan.max_uses_per_image
+        return (
+            f"new images: those there were used {'once' if uses == 1 else f'{uses:,} times'} each"
+        )
+
     def _count_usable(self, window: int, taken: set[int]) -> int:
         """Groups that `window` would have if it admitted what was scouted.
 
         With an age limit it may have fewer, as some get too old by that: the next window then
         completes the batch.
         """
-        fresh = sum(
+        return self.index.count_usable(self.eligible(window), taken) + self._count_fresh()
+
+    def _count_fresh(self) -> int:
+        return sum(
             self.index.count_trainable(record)
             for record in self._scouted
             if record.kind == "shard" and not self._store.is_bad(record.seq)
         )
-        return self.index.count_usable(self.eligible(window), taken) + fresh
 
     def scout(self, *, limit_s: float = 0.0) -> bool:
         """Verify shards that the log has and no window admitted, one at least, until `limit_s`.

@@ -104,6 +104,12 @@ class GroupIndex:
         is_usable = rows["held_out"] & ~rows["rejected"] & ~rows["bad"]
         return np.flatnonzero(is_usable & (rows["images"] > 1))
 
+    @property
+    def num_trainable(self) -> int:
+        """Groups that are not held out, rejected or in a bad shard, used up or not."""
+        rows = self._live
+        return int((~(rows["rejected"] | rows["held_out"] | rows["bad"])).sum())
+
     def num_images_trainable(self, record: CommitRecord) -> int:
         """Stored images of the groups that `count_trainable` counts."""
         is_in = ~self._held_out_of(record)

@@ -23,11 +23,14 @@ from synthrep_trainer.shard_stream import Cursor
 
 _log = logging.getLogger(__name__)
 _WAIT_S = 0.5  # between two questions to all ranks
+_SAY_AFTER_S = 1.0
 _NOTE_EVERY_S = 30.0
 
 
 class Recorder(Protocol):
     """Where steps and checkpoints go."""
+
+    def record_wait(self) -> None: ...
 
     def record_step(self, step: int, result: StepResult, *, wait_s: float) -> None: ...
 
@@ -58,7 +61,7 @@ def train(
     """
     step, saved, cursor = plan.first_step - 1, plan.first_step - 1, None
     while step < plan.last_step:
-        wait_s = _wait_for_all(loader, should_stop)
+        wait_s = _wait_for_all(loader, recorder, should_stop)
         if wait_s is None:
             break
         loaded = loader.take()
@@ -76,7 +79,9 @@ def train(
     return step >= plan.last_step
 
 
-def _wait_for_all(loader: BatchLoader, should_stop: Callable[[], bool]) -> float | None:
+def _wait_for_all(
+    loader: BatchLoader, recorder: Recorder, should_stop: Callable[[], bool]
+) -> float | None:
     """Seconds until every rank had its batch, None if one of them is to stop."""
     started = noted = time.monotonic()
     while True:
@@ -87,6 +92,8 @@ def _wait_for_all(loader: BatchLoader, should_stop: Callable[[], bool]) -> float
         now = time.monotonic()
         if flags[:, 1].all():
             return now - started
+        if now - started > _SAY_AFTER_S:
+            recorder.record_wait()
         if now - noted > _NOTE_EVERY_S:
             noted = now
             _log.info("waiting_for_images", extra={"waited_s": round(now - started)})

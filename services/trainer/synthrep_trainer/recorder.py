@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Self
 
+from synthrep_shared.storage import publish_bytes
 from synthrep_trainer import distributed
 from synthrep_trainer.checkpoint import save_checkpoint
 from synthrep_trainer.checkpoint_folders import retire_checkpoints
@@ -40,9 +41,11 @@ class RunRecorder:
         self._metrics: MetricsWriter | None = None
         self._trackers: Trackers | None = None
         self._last_step_at = 0.0
+        self._said = ""  # what the run waits for, as the API has it
 
     def __enter__(self) -> Self:
         if distributed.rank() == 0:
+            self._folder.waiting.unlink(missing_ok=True)  # of a process that was killed
             self._metrics = MetricsWriter(self._folder.metrics, step=self._step)
             self._trackers = self._make_trackers()
         self._last_step_at = time.monotonic()
@@ -54,9 +57,14 @@ class RunRecorder:
         if self._trackers is not None:
             self._trackers.close()
 
+    def record_wait(self) -> None:
+        """Say what the next batch waits for; a file is written when that has other words."""
+        self._say(self._stream.waiting_for)
+
     def record_step(self, step: int, result: StepResult, *, wait_s: float) -> None:
         """Append the step's line, and give its numbers to the trackers."""
         now = time.monotonic()
+        self._say("")
         if self._metrics is not None and self._trackers is not None:
             metrics = self._step_metrics(step, result, wait_s=wait_s, now=now)
             self._metrics.write(metrics)
@@ -83,6 +91,16 @@ class RunRecorder:
             keep_every=self._settings.keep_every_steps,
         )
         _log.info("checkpoint_saved", extra={"step": step, "path": str(path)})
+
+    def _say(self, words: str) -> None:
+        if self._metrics is None or words == self._said:
+            return
+        try:
+            publish_bytes(words.encode(), self._folder.waiting, replace=True)
+        except OSError:
+            _log.warning("wait_not_said", exc_info=True)  # nothing that training needs
+        else:
+            self._said = words
 
     def _step_metrics(
         self, step: int, result: StepResult, *, wait_s: float, now: float

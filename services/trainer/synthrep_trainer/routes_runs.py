@@ -231,18 +231,20 @@ async def events(
     after: After = -1,
     last_event_id: Annotated[int | None, Header(ge=-1, lt=2**53)] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """`metrics` for each step, whose id is the step, `run` when the state changes; then the end."""
-    step, state = after if last_event_id is None else last_event_id, None
+    """`metrics` for each step, whose id is the step, `run` when its state changes, or what it waits
+    for; then the end.
+    """
+    step, told = after if last_event_id is None else last_event_id, None
     while not context.is_ending():
         view = await run_sync(run_view, folder)
         lines = await run_sync(_metrics_after, folder, step)
         for line in lines:
             step = line["step"]
             yield ServerSentEvent(event="metrics", data=line, id=str(step))
-        if view.state != state and len(lines) < _MAX_STEPS_AT_ONCE:
-            state = view.state
+        if (view.state, view.waiting_for) != told and len(lines) < _MAX_STEPS_AT_ONCE:
+            told = view.state, view.waiting_for
             yield ServerSentEvent(event="run", data=view)
-            if state not in ("queued", "running"):
+            if view.state not in ("queued", "running"):
                 return
         await anyio.sleep(_PAUSE_S)
 

@@ -5,6 +5,7 @@
               status.json       how far the launcher came with that; the launcher's
               lease, train.lock flock of the launcher, of rank 0 of the train process
               failure.json      last words of a train process that failed
+              waiting.txt  what it waits for, while it does; rank 0's
               map.json          its images as a checkpoint sees them; a probe's
               admissions.jsonl  metrics.jsonl  quarantine/  checkpoints/  log.txt
     claims/{runs,probes}/     which id an Idempotency-Key was given; the API's
@@ -95,6 +96,7 @@ class RunFolder(WorkFolder):
         super().__init__(path)
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.waiting = path / "waiting.txt"
 
     @property
     def record(self) -> RunRecord:

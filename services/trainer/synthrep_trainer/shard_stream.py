@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -127,6 +128,7 @@ class ShardStream:
         self._plan, self._rank, self._world_size = plan, rank, world_size
         self._poll_s = poll_s
         self._pressure = Pressure(0, is_waiting=False)
+        self.waiting_for = ""  # in words, on rank 0, from any thread; empty: for nothing
         self.ratio_waits, self.ratio_wait_s = 0, 0.0  # batches that waited for it, on rank 0
         self._journal = AdmissionJournal(run_folder / "admissions.jsonl", is_writer=rank == 0)
         self.store = ShardStore(place, run_folder, copy_bytes=copy_bytes)
@@ -184,6 +186,7 @@ class ShardStream:
                 taken.add(draw.group)
                 draws.append(draw)
         self._cursor = Cursor(window, row, (*repeated, *waiting))
+        self.waiting_for = ""
         if self._rank == 0:
             self._log.scout()
             self._weigh(row, is_waiting=False)
@@ -221,6 +224,9 @@ class ShardStream:
                 continue
             if should_stop():
                 return False
+            if self._rank == 0:
+                wanted, num_taken = missing + len(taken), len(taken)
+                self.waiting_for = self._log.lack(wanted=wanted, num_taken=num_taken)
             self._weigh(len(self._order), is_waiting=True)
             self._log.wait(self._poll_s)
         self._log.admit(admission)
@@ -237,6 +243,9 @@ class ShardStream:
             if should_stop():
                 return False
             self._log.scout()
+            self.waiting_for = (
+                f"new images: {self._log.images_committed:,} of {ceil(wanted):,} are there"
+            )
             self._weigh(self._cursor.row, is_waiting=True)
             self._log.wait(self._poll_s)
             self.ratio_wait_s += time.monotonic() - began

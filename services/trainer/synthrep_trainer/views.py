@@ -28,9 +28,17 @@ def run_view(folder: RunFolder) -> RunView:
         generated_per_trained=newest.get("generated_per_trained"),
         images_per_s=newest.get("images_per_s"),
         shards_quarantined=folder.num_quarantined,
+        waiting_for=_waiting_for(folder) if state == "running" else "",
         created_at=record.created_at,
         error=status.error if status and state == "failed" else None,
     )
+
+
+def _waiting_for(folder: RunFolder) -> str:
+    try:
+        return folder.waiting.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 def probe_view(folder: ProbeFolder) -> ProbeView:

@@ -188,6 +188,8 @@ class RunView(Answer):
     images_per_s: float | None
     shards_quarantined: int = 0
     """Shards that the run leaves out because they are not what the commit log says."""
+    waiting_for: str = ""
+    """What a running run waits for, such as `captions: 16 of 64 are there`; empty: for nothing."""
     created_at: datetime
     error: str | None
 
