@@ -97,6 +97,8 @@ def test_a_file_that_is_no_toml_is_named(tmp_path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_the_comparisons_that_come_with_the_project_can_be_read(path):
     config = read_comparison(path)
-    assert {"random-init", "pixels", *TRAINED} - set(config.rows) <= {"synclr"}
+    assert "random-init" in config.rows
+    if any(row.endswith("-real") for row in config.rows):  # the paper's table, not a part of it
+        assert {"pixels", *TRAINED} - set(config.rows) <= {"synclr"}
     for name in config.ablations:
         config.ablated(name)
