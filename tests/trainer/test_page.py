@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from synthrep_generator.api import create_app as create_generator
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.keys import OPEN
-from synthrep_shared.messages import RunRequest
+from synthrep_shared.messages import ProbeRequest, RunRequest
 from synthrep_trainer.api import create_app
 from synthrep_trainer.context import Context
 from synthrep_trainer.feature_maps import write_feature_map
@@ -400,6 +400,19 @@ def test_an_expired_key_leads_back_to_the_question_for_it(make_page):
 def test_another_site_cannot_sign_a_reader_in(page):
     assert page.browser.post("/page/session", data={"key": "theirs"}).status_code == 403
     assert not page.browser.cookies
+
+
+def test_probes_are_those_of_the_run_that_is_shown(page):
+    for _ in range(2):
+        page.post("runs", dataset="birds", max_steps="30")
+    older, newer = page.place.runs()
+    probe = page.place.submit_probe(ProbeRequest(run_id=older.id, dataset="digits"))
+    assert "No probe yet of this run" in page.get("/page/parts/probes")
+    assert f"probe-{probe.id}" not in page.get("/page/parts/probes")
+    assert f"probe-{probe.id}" in page.get(f"/page/parts/probes?run={older.id}")
+    path = f"runs/{newer.id}/checkpoints/step-000000010"
+    probe = page.place.submit_probe(ProbeRequest(checkpoint=path, dataset="digits"))
+    assert f"probe-{probe.id}" in page.get("/page/parts/probes")
 
 
 def test_a_run_that_waits_says_for_what(page):

@@ -74,9 +74,7 @@ def test_other_runs_are_rivals_with_their_newest_probe(probes):
     assert [(bar.name, bar.value) for bar in chart.bars[3:]] == [("simclr, run b, step 300", 0.7)]
 
 
-@pytest.mark.parametrize(
-    ("value", "verdict"), [(0.5, "better"), (0.1, "worse"), (0.31, "no evidence")]
-)
+@pytest.mark.parametrize(("value", "verdict"), [(0.5, "better"), (0.1, "worse"), (0.31, "overlap")])
 def test_the_verdict_follows_from_the_intervals(probes, value, verdict):
     probes.add("a", 100, value)
     found, _ = probes.judged()

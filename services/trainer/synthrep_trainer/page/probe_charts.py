@@ -91,7 +91,7 @@ class Chart:
             return "better than untrained, intervals apart"
         if trained.high < untrained.low:
             return "worse than untrained, intervals apart"
-        return "intervals overlap: no evidence of a difference to untrained"
+        return "intervals of trained and untrained overlap"
 
 
 def judged_by(folders: Iterable[ProbeFolder]) -> tuple[list[Judged], list[ProbeFolder]]:

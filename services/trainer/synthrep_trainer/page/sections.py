@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 from synthrep_shared.client import SynthRep
 from synthrep_shared.errors import ServiceError
 from synthrep_shared.keys import Principal
-from synthrep_shared.messages import DatasetView, RunView
+from synthrep_shared.messages import DatasetView, ProbeView, RunView
 from synthrep_trainer.context import Context, newest_first, readable
 from synthrep_trainer.errors import RunError
 from synthrep_trainer.feature_maps import read_feature_map
@@ -222,17 +222,24 @@ def images(viewer: Viewer, choice: Choice) -> str:
 
 
 def probes(viewer: Viewer, choice: Choice) -> str:
-    """Scores of the chosen run over its checkpoints, or of that which was judged last."""
+    """Scores of the chosen run over its checkpoints, and its probes that are not completed."""
     context, caller = viewer.context, viewer.caller
     folders, _ = newest_first(context.owned(caller, context.place.probes()), None, _PROBES_READ)
     judged, others = judged_by(folders)
-    run = choice.run or (judged[0].run if judged else "")
     listed, _ = viewer.runs()
+    run_id = choice.run or (listed[0].id if listed else "")
+    objectives = {one.id: one.request["objective"] for one in listed}
+    waiting = [view for view in readable(probe_view, others) if _is_of(view, run_id)]
     return render(
         "probes.html",
-        charts=charts(run, judged, {one.id: one.request["objective"] for one in listed}),
-        waiting=readable(probe_view, others[:_WAITING_SHOWN]),
+        run_id=run_id,
+        charts=charts(run_id, judged, objectives),
+        waiting=waiting[:_WAITING_SHOWN],
     )
+
+
+def _is_of(probe: ProbeView, run_id: str) -> bool:
+    return probe.request["run_id"] == run_id or f"runs/{run_id}/" in (probe.checkpoint or "")
 
 
 def comparisons(viewer: Viewer, choice: Choice) -> str:
