@@ -136,6 +136,7 @@ def import_folder(
     with errors_in_one_sentence():
         paths = dataset_paths(root, dataset, is_new=True)
         found = find_images(folder, caption_by="file" if each_its_own else "text")
+        captions = len({image.caption for image in found})
         with _bar(len(found), quiet=as_json) as advance:
             report = import_images(
                 found, paths, owner=owner or ANONYMOUS, threads=threads,
@@ -145,11 +146,11 @@ def import_folder(
         print_json(report)
         return
     typer.echo(
-        f"{dataset}: {report.images} images = {report.imported} imported + {report.refused} refused"
-        f" + {report.earlier} decided before"
+        f"{dataset}: {report.images} images of {captions} captions = {report.imported} imported + "
+        f"{report.refused} refused + {report.earlier} decided before"
     )
     if report.refused:
-        typer.echo(f"why: GET /v1/batches/{report.batch}/failures")
+        typer.echo(f"why: synthrep batch failures {report.batch}")
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def submit(
     ] = None,
     mixture: Annotated[
         list[str] | None,
-        typer.Option(help="One way to make images, several times: model=sd-15,weight=2 …"),
+        typer.Option(help="One way to make images, several times: model=sd15,weight=2 …"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -245,7 +245,9 @@ def _line_at_end(console: Console) -> Iterator[None]:
 def probe(
     what: Annotated[str, typer.Argument(help="Run id, or a checkpoint's path.")],
     dataset: Annotated[str, typer.Option(help="Labelled set, see `synthrep probe-sets ls`.")],
-    protocol: Annotated[str, typer.Option(help="linear or knn.")] = "linear",
+    protocol: Annotated[
+        str, typer.Option(help="linear, knn, fewshot or imagenet-linear.")
+    ] = "linear",
     as_json: Json = False,
 ) -> None:
     """Judge frozen features on a labelled set, and wait for the result."""

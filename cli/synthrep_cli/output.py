@@ -15,8 +15,20 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from synthrep_shared.errors import SynthRepError
+from synthrep_shared.samples import DATASET_PATTERN, DATASET_RULE
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+_SAID_HERE = {
+    "is the service running?": "is the service running? `synthrep up` starts it; another address: "
+    "SYNTHREP_GENERATOR_URL, SYNTHREP_TRAINER_URL",
+    "GET /v1/probe-datasets": "`synthrep probe-sets ls`",
+    "GET /v1/batches": "`synthrep status`",
+    "set of this name; choose another": "set of this name; choose another, or remove an uploaded "
+    "one first: its folder below probe-sets, in the trainer's folder of runs",
+    f"String should match pattern '{DATASET_PATTERN}'": DATASET_RULE,
+}
+"""What the services and the client say, by what helps at a command line."""
 
 
 @contextmanager
@@ -25,12 +37,12 @@ def errors_in_one_sentence() -> Iterator[None]:
     try:
         yield
     except (SynthRepError, OSError) as error:
-        typer.secho(f"synthrep: {error}", err=True, fg="red")
+        typer.secho(f"synthrep: {_in_our_words(str(error))}", err=True, fg="red")
         raise typer.Exit(1) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
+        message = _in_our_words(first["msg"].removeprefix("Value error, "))
         typer.secho(": ".join(filter(None, ["synthrep", place, message])), err=True, fg="red")
         raise typer.Exit(2) from error
     except SettingsError as error:  # a variable that should hold JSON
@@ -112,3 +124,9 @@ def _natural_width(table: Table) -> int:
     """Characters that a table takes if nothing in it is folded."""
     endless = Console(width=10_000)
     return Measurement.get(endless, endless.options, table).maximum
+
+
+def _in_our_words(message: str) -> str:
+    for theirs, ours in _SAID_HERE.items():
+        message = message.replace(theirs, ours)
+    return message

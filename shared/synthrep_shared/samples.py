@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 DATASET_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+DATASET_RULE = "a data set's name has 1-64 of a-z, 0-9, _ and -, first a letter or digit"
 GID_PATTERN = r"^[0-9a-f]{32}$"
 _MEMBER = re.compile(r"^([0-9a-f]{32})-([0-9]{1,4})\.(jpg|png|webp|json)$")
 _SEED_BYTES = 6  # 48 bits: exact in every JSON reader

@@ -34,7 +34,7 @@ from synthrep_shared.object_store import (
     probe_store,
 )
 from synthrep_shared.private_folder import make_private_folder
-from synthrep_shared.samples import DATASET_PATTERN
+from synthrep_shared.samples import DATASET_PATTERN, DATASET_RULE
 
 _DATASET = re.compile(DATASET_PATTERN)
 _READ_BYTES = 1 << 20
@@ -72,7 +72,7 @@ class DatasetPaths:
 
     def __post_init__(self) -> None:
         if not _DATASET.fullmatch(self.dataset):
-            raise StorageError(f"dataset name must match {DATASET_PATTERN}")
+            raise StorageError(DATASET_RULE)
 
     @property
     def folder(self) -> Location:

@@ -277,7 +277,8 @@ def test_a_service_that_does_not_answer_is_status_1_and_one_sentence(nobody, arg
     assert result.stdout.strip() == ""
     assert result.stderr.count("\n") == 1
     assert nobody in result.stderr
-    assert "is the service running?" in result.stderr
+    assert "is the service running? `synthrep up` starts it" in result.stderr
+    assert "SYNTHREP_GENERATOR_URL" in result.stderr
 
 
 def test_a_refusal_is_status_1_and_one_sentence(services):
@@ -358,6 +359,25 @@ def test_a_file_without_captions_is_status_1(services, tmp_path, content):
     assert result.exit_code == 1
     assert "holds no captions" in result.stderr
     assert services.sent == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [(("train", "--dataset", "Birds!", "--max-steps", "9"), 2), (("dataset", "verify", "B!"), 1)],
+)
+def test_a_name_that_is_none_is_told_the_rule(services, arguments, exit_code):
+    result = run(*arguments)
+    assert result.exit_code == exit_code
+    assert "has 1-64 of a-z, 0-9, _ and -" in result.stderr
+    assert "^[" not in result.stderr
+
+
+def test_a_refusal_names_a_command_in_place_of_a_route(services):
+    services.answers["GET /v1/probes/p1"] = PROBE | {
+        "state": "failed", "error": "no such set, see GET /v1/probe-datasets",
+    }  # fmt: skip
+    result = run("probe", "r1", "--dataset", "digits")
+    assert result.stderr.endswith("see `synthrep probe-sets ls`\n")
 
 
 def test_a_failed_probe_is_status_1(services):

@@ -80,7 +80,7 @@ def test_what_the_trainer_refuses_is_status_1_and_one_sentence(run, tmp_path):
     folder = make_set(tmp_path / "pets")
     assert run("add", "mine", folder).exit_code == 0
     for arguments, reason in (
-        (("mine", folder), "409"),
+        (("mine", folder), "remove an uploaded one first"),
         (("other", tmp_path / "absent"), "absent"),
     ):
         result = run("add", *arguments)

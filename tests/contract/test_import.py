@@ -25,7 +25,7 @@ def test_a_tree_of_images_is_imported_and_trained_on(tmp_path):
     command = ["dataset", "import", str(tmp_path / "tree"), "--dataset", "birds", "--root", root]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "12 images = 12 imported + 0 refused + 0 decided before" in result.output
+    assert "12 images of 4 captions = 12 imported + 0 refused + 0 decided before" in result.output
     assert CliRunner().invoke(app, ["dataset", "verify", "birds", "--root", root]).exit_code == 0
 
     settings = TrainerSettings(root=root, runs=tmp_path / "runs", device="cpu", threads=1)

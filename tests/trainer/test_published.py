@@ -170,7 +170,7 @@ def test_a_file_that_holds_no_published_encoder_says_why(model, tmp_path, make, 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "odd.pth").write_bytes(content)
-    with pytest.raises(PublishedFileError, match="cannot be read safely"):
+    with pytest.raises(PublishedFileError, match="safely: no file that torch.save wrote"):
         read_published(tmp_path / "odd.pth")
 
 

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -114,6 +115,9 @@ def import_published(
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):  # raises no OSError for a file that is absent
+        path.stat()
+        raise PublishedFileError(f"{path} cannot be read safely: no file that torch.save wrote")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, so that the optimizer's part, two thirds of the file, is never read.
