@@ -97,6 +97,16 @@ def test_mixture_that_cannot_be_made_is_refused(client, mixture):
     assert submit(client, mixture=mixture).status_code == 422
 
 
+def test_a_model_of_the_catalogue_that_is_not_here_is_refused_with_the_command(
+    settings, backlog, tmp_path
+):
+    empty = settings.model_copy(update={"model_cache": tmp_path / "empty"})
+    with TestClient(create_app(empty, backlog)) as client:
+        detail = submit(client, model="sd15").json()["detail"]
+    assert detail.startswith("the model is not here; known: tiny")
+    assert "run `synthrep models pull sd15`" in detail
+
+
 def test_ids_are_random_without_a_key_and_the_same_with_one(client):
     assert submit(client).json()["id"] != submit(client).json()["id"]
     key = {"idempotency-key": "k1"}

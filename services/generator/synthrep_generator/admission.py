@@ -35,7 +35,8 @@ from synthrep_generator.intake import (
     write_batch,
 )
 from synthrep_generator.judge_files import check_judges
-from synthrep_generator.model_files import check_recipe, find_model, usable_models
+from synthrep_generator.model_catalogue import CATALOGUE
+from synthrep_generator.model_files import check_recipe, find_model, pull_command, usable_models
 from synthrep_generator.quotas import check_quotas, has_quotas, owner_lock
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_shared.keys import Principal
@@ -118,7 +119,8 @@ class Admission:
             return find_model(self._settings, alias)
         except (UnknownModelError, ModelFilesMissingError) as error:
             known = ", ".join(sorted(usable_models(self._settings))[:20])
-            raise UnknownModelError(f"the model is not here; known: {known}") from error
+            step = f"; {pull_command(alias)} where the workers are" if alias in CATALOGUE else ""
+            raise UnknownModelError(f"the model is not here; known: {known}{step}") from error
 
     def complete(self, asked: GenerationSettings) -> GenerationSettings:
         """The settings with every default of the model, or of a mixture's models, filled in.
