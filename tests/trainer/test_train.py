@@ -202,6 +202,10 @@ def test_held_out_captions_are_looked_at_and_never_trained_on(shard_maker, setti
     assert [line["step"] for line in lines if line["knn_accuracy"] is not None] == [4, 8]
     # A caption's images have one colour, so even an untrained encoder beats chance, 2 / 23.
     assert 0.2 < lines[3]["knn_accuracy"] <= 1
+    at = {6: lines[3]["knn_accuracy"], 9: lines[7]["knn_accuracy"], 11: None}
+    best = 6 if at[6] > at[9] else 9
+    kept = {c.step: c.manifest.knn_accuracy for c in list_checkpoints(run.checkpoints)}
+    assert kept == {step: at[step] for step in {best, 9, 11}}
 
 
 def test_a_stop_while_waiting_for_shards_ends_the_run_at_once(settings, submit):

@@ -41,6 +41,7 @@ class RunRecorder:
         self._metrics: MetricsWriter | None = None
         self._trackers: Trackers | None = None
         self._last_step_at = 0.0
+        self._knn_accuracy: float | None = None  # since the last checkpoint
         self._said = ""  # what the run waits for, as the API has it
 
     def __enter__(self) -> Self:
@@ -65,6 +66,8 @@ class RunRecorder:
         """Append the step's line, and give its numbers to the trackers."""
         now = time.monotonic()
         self._say("")
+        if result.knn_accuracy is not None:
+            self._knn_accuracy = result.knn_accuracy
         if self._metrics is not None and self._trackers is not None:
             metrics = self._step_metrics(step, result, wait_s=wait_s, now=now)
             self._metrics.write(metrics)
@@ -83,7 +86,10 @@ class RunRecorder:
             "encoder": dataclasses.asdict(self._learner.config.encoder),
             "request": self._record.request.model_dump(mode="json"),
         }
-        path = save_checkpoint(self._folder.checkpoints, step, parts, state)
+        path = save_checkpoint(
+            self._folder.checkpoints, step, parts, state, knn_accuracy=self._knn_accuracy
+        )
+        self._knn_accuracy = None
         retire_checkpoints(
             self._folder.checkpoints,
             step=step,

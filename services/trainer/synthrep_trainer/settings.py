@@ -83,7 +83,7 @@ class TrainerSettings(ServiceSettings):
     mlflow_uri: str = ""
     """Address of an MLflow server that runs are shown in, if mlflow is installed; empty: none."""
     keep_checkpoints: int = Field(default=3, ge=1)
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, beside the one that knew held-out captions best."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints at multiples of so many steps are kept for ever; 0 keeps none of them."""
     max_runs: int = Field(default=1, ge=1, le=64)

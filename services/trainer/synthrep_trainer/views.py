@@ -68,4 +68,5 @@ def checkpoint_view(checkpoint: CheckpointFolder, root: Path) -> CheckpointView:
         path=str(checkpoint.path.relative_to(root)),
         sha256=checkpoint.sha256,
         created_at=checkpoint.manifest.created_at,
+        knn_accuracy=checkpoint.manifest.knn_accuracy,
     )

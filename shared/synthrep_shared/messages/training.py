@@ -201,6 +201,8 @@ class CheckpointView(Answer):
     path: str
     sha256: str
     created_at: datetime
+    knn_accuracy: float | None = None
+    """Of held-out captions, 0 to 1, where the run has some: the best is kept."""
 
 
 class ProbeRequest(Request):
