@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
 from synthrep_cli import (
     batch_commands,
@@ -210,8 +211,10 @@ def watch() -> None:
     ):
         while True:
             rows = [_batch_row(b) for b in client.batches()]
-            rows += [_run_row(r) for r in client.runs()]
-            live.update(fitted(console, _WATCHED, rows, spare=("loss", "speed", "what")))
+            runs = list(client.runs())
+            rows += [_run_row(run) for run in runs]
+            table = fitted(console, _WATCHED, rows, spare=("loss", "speed", "what"))
+            live.update(Group(table, *map(Text, run_commands.waiting(runs))))
             time.sleep(_WATCH_S)
 
 

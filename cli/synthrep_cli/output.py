@@ -13,6 +13,7 @@ from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.samples import DATASET_PATTERN, DATASET_RULE
@@ -103,8 +104,10 @@ def fitted(
 
 
 def short_number(value: float | None) -> str:
-    """Three digits, as `0.123`; a dash for none."""
-    return "–" if value is None else f"{value:.3g}"
+    """Three digits, as `0.123`, or a whole number from 1,000 on; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def _table(columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]], kept: Sequence[str]) -> Table:
@@ -116,7 +119,7 @@ def _table(columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]], kept: Sequ
             columns[i], overflow="fold", no_wrap=i == 0, min_width=None if i else longest
         )
     for row in rows:
-        table.add_row(*(str(row[i]) for i in places))
+        table.add_row(*(Text(str(row[i])) for i in places))  # text, whatever brackets it has
     return table
 
 

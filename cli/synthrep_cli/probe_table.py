@@ -51,13 +51,20 @@ class ProbeRow:
         """Whether the two intervals are apart, the trained one above."""
         return self.ci95[0] > self.random_init_ci95[1]
 
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` than untrained where the intervals are apart, else `overlap`."""
+        if self.is_better_than_untrained:
+            return "better"
+        return "worse" if self.ci95[1] < self.random_init_ci95[0] else "overlap"
+
 
 def probe_table(rows: list[ProbeRow]) -> Table:
     """The table for the terminal, narrow enough for 80 columns."""
     protocols = ", ".join(sorted({row.protocol for row in rows}))
     table = Table(title=f"Probes of frozen features: {protocols} (95 % interval below)")
     table.add_column("set")
-    for name in ("tests", "trained", "untrained", "pixels", "majority", ""):
+    for name in ("tests", "trained", "untrained", "pixels", "majority", "verdict"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -67,8 +74,9 @@ def probe_table(rows: list[ProbeRow]) -> Table:
             _over_interval(row.random_init, row.random_init_ci95),
             _over_interval(row.pixels, row.pixels_ci95),
             f"{row.majority:.1%}",
-            "better" if row.is_better_than_untrained else "–",
+            row.verdict,
         )
+    table.caption = "verdict: trained against untrained, by whether their intervals are apart"
     return table
 
 

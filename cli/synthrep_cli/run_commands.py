@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,8 @@ def ls(as_json: Json = False) -> None:
             ],
             spare=("images/s", "loss"),
         )  # fmt: skip
+        for note in waiting(views):
+            typer.echo(note)
 
 
 @app.command()
@@ -69,6 +72,11 @@ def source_of(view: RunView) -> str:
     return str(view.request.get("dataset") or view.request.get("source_url"))
 
 
+def waiting(views: Iterable[RunView]) -> list[str]:
+    """A sentence for each run that waits for something."""
+    return [f"{view.id} waits for {view.waiting_for}" for view in views if view.waiting_for]
+
+
 def _control(run: str, verb: str, *, as_json: bool) -> None:
     with errors_in_one_sentence(), SynthRep() as client:
         view = client.control_run(run, verb)
@@ -85,6 +93,8 @@ def _say(view: RunView) -> None:
         f"{view.id}  {view.state}: step {view.step} of {view.max_steps} on {source_of(view)}, "
         f"loss {short_number(view.loss)}"
     )
+    if view.waiting_for:
+        typer.echo(f"waits for {view.waiting_for}")
     if view.error:
         typer.echo(f"error: {view.error}")
 

@@ -395,6 +395,10 @@ def test_a_run_or_a_checkpoint_is_probed(services, what, key):
     assert services.sent[0] == {key: what, "dataset": "digits", "protocol": "knn"}
 
 
+def interrupt(_: float) -> None:
+    raise KeyboardInterrupt
+
+
 def test_runs_are_listed_shown_stopped_and_resumed(services):
     listed = run("run", "ls").stdout
     assert re.search(r"r1 .* birds .* queued .* 0/9", listed)
@@ -404,6 +408,16 @@ def test_runs_are_listed_shown_stopped_and_resumed(services):
     assert run("run", "resume", "r1").stdout.startswith("r1  queued")
 
 
+def test_what_a_run_waits_for_is_said(services, monkeypatch):
+    waiting = RUN | {"state": "running", "waiting_for": "captions: 16 of 64 are there"}
+    services.answers |= {"GET /v1/runs": page(waiting, RUN), "GET /v1/runs/r1": waiting}
+    said = "waits for captions: 16 of 64 are there"
+    assert run("run", "show", "r1").stdout.splitlines()[1] == said
+    assert run("run", "ls").stdout.splitlines()[-1] == f"r1 {said}"
+    monkeypatch.setattr("synthrep_cli.main.time.sleep", interrupt)
+    assert run("watch").stdout.splitlines()[-1] == f"r1 {said}"
+
+
 def test_a_run_that_failed_says_why(services):
     services.answers["GET /v1/runs/r1"] = RUN | {"state": "failed", "error": "no images"}
     assert "error: no images\n" in run("run", "show", "r1").stdout
@@ -411,10 +425,6 @@ def test_a_run_that_failed_says_why(services):
 
 def test_watch_shows_batches_and_runs_until_interrupted(services, monkeypatch):
     services.answers["GET /v1/runs"] = page(RUN | {"step": 3, "loss": 2.5, "state": "running"})
-
-    def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("synthrep_cli.main.time.sleep", interrupt)
     result = run("watch")
     assert result.exit_code == 130

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from synthrep_cli.output import fitted
+from synthrep_cli.output import fitted, short_number
 
 ID = "20261125-170000-123456-0123456789ab"
 COLUMNS = ("id", "data set", "state", "loss", "speed")
@@ -44,3 +44,18 @@ def test_what_has_no_room_beside_an_id_is_folded_and_not_lost():
     text = printed(terminal=True, width=58)
     cells = [line.split("│")[2].strip() for line in text.splitlines() if "│" in line]
     assert "".join(cells) == "a-name-of-some-length"
+
+
+def test_a_caption_with_brackets_is_shown_as_it_is():
+    console = Console(file=io.StringIO(), width=80)
+    console.print(fitted(console, ("index", "caption"), [(1, "[red] a dog")]))
+    assert "[red] a dog" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.0, "0"), (2.5, "2.5"), (0.12345, "0.123"), (999.4, "999"), (999.6, "1,000"),
+     (1234.5, "1,234")],
+)  # fmt: skip
+def test_numbers_are_short_and_have_no_exponent_that_a_person_must_read(value, text):
+    assert short_number(value) == text

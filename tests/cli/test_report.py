@@ -186,6 +186,7 @@ def test_the_table_says_which_encoder_is_better_beyond_chance():
     assert "better" in found["digits"][0]
     assert ["52.0%" in found["fashion"][0], "48.0–56.0" in found["fashion"][1]] == [True, True]
     assert "better" not in found["fashion"][0]
+    assert "overlap" in found["fashion"][0]
     assert "linear" in lines[0]
 
 
