@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from synthrep_cli.time_left import TimeLeft
+
 _PLAIN_EVERY_S = 30.0
 _SPEED_OVER_S = 600.0  # runs of different rows differ in speed
 
@@ -45,18 +47,16 @@ class Lines:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
-        self._began: dict[str, tuple[float, int]] = {}
+        self._time_left: dict[str, TimeLeft] = {}
         self._shown_s = float("-inf")
         self._facts = ""
 
     def __call__(self, what: str, done: int, total: int, facts: str = "") -> None:
         now = self._clock()
-        began_s, first = self._began.setdefault(what, (now, done))
+        time_left = self._time_left.setdefault(what, TimeLeft(self._clock))(done, total)
         if now - self._shown_s < _PLAIN_EVERY_S and facts == self._facts:
             return
         self._shown_s, self._facts = now, facts
-        rate = (done - first) / (now - began_s) if now > began_s else 0.0
-        is_known = rate > 0 and done < total
-        left = f", about {(total - done) / rate / 60:.0f} minutes left" if is_known else ""
+        left = f", {time_left}" if time_left else ""
         text = f"{what}: {done} of {total}{left}" + (f"; {facts}" if facts else "")
         self._console.print(text, soft_wrap=True)

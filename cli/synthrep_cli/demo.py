@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from synthrep_cli.probe_table import ProbeRow, probe_table
 from synthrep_cli.report import DemoReport, write_report
 from synthrep_cli.stack import PID_FILE, Stack, StackConfig, StackError
+from synthrep_cli.time_left import TimeLeft
 from synthrep_shared.client import SynthRep
 from synthrep_shared.messages import BatchView, ProbeRequest, RunRequest, RunView
 
@@ -142,17 +150,21 @@ def _bars(console: Console) -> Iterator[Any]:
     """A callback that draws bars on a terminal, and prints a plain line now and then elsewhere."""
     if not console.is_terminal:
         last = -_PLAIN_EVERY_S
+        time_left = TimeLeft()
 
         def plain(views: list[BatchView], run: RunView) -> None:
             nonlocal last
+            left = time_left(run.step, run.max_steps) if run.step else ""
             if time.monotonic() - last >= _PLAIN_EVERY_S:
                 last = time.monotonic()
-                console.print(" · ".join(_facts(views, run)), soft_wrap=True)
+                facts = (*_facts(views, run), left)
+                console.print(" · ".join(filter(None, facts)), soft_wrap=True)
 
         yield plain
         return
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
-               TimeElapsedColumn(), TextColumn("{task.fields[facts]}"))  # fmt: skip
+    columns = (TextColumn("{task.description:<10}"), BarColumn(20), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+               TextColumn("{task.fields[facts]}"))  # fmt: skip
     with Progress(*columns, console=console) as progress:
         groups = progress.add_task("captions", total=None, facts="")
         steps = progress.add_task("steps", total=None, facts="")

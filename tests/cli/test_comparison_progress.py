@@ -20,7 +20,7 @@ def test_a_line_each_half_minute_or_when_something_ended_with_the_time_left():
         lines("views", done, 200, facts)
     assert output.getvalue().splitlines() == [
         "views: 100 of 200; 0 of 2 runs",
-        "views: 131 of 200, about 1 minutes left; 0 of 2 runs",
+        "views: 131 of 200, about 1 minute left; 0 of 2 runs",
         "views: 200 of 200; 1 of 2 runs",
         "views: 200 of 200; 2 of 2 runs",
     ]
