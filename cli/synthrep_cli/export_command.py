@@ -14,6 +14,11 @@ from synthrep_cli.folders import workplace_of
 from synthrep_cli.output import Json, errors_in_one_sentence, print_json
 
 _EXPORTS = Path("runs/exports")
+_LOADING = {
+    "timm": 'timm.create_model("local-dir:{folder}", pretrained=True)',
+    "hf": 'transformers.AutoModel.from_pretrained("{folder}")',
+    "onnx": 'onnxruntime.InferenceSession("{folder}/model.onnx")',
+}
 
 
 def export(
@@ -55,3 +60,4 @@ def export(
         typer.echo(
             f"{made.folder}  features within {made.greatest_difference:.1e} of the checkpoint's"
         )
+        typer.echo(f"load it: {_LOADING[format_name].format(folder=made.folder)}")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 from typer.testing import CliRunner
 
 from synthrep_cli.main import app
@@ -45,8 +46,15 @@ def test_a_checkpoint_is_exported_to_the_folder_asked_for(trained):
     path = trained.checkpoints / "step-000000007"
     result = call(str(path), "--format", "hf", "--output", "made")
     assert result.exit_code == 0, result.output
+    assert 'load it: transformers.AutoModel.from_pretrained("made")\n' in result.stdout
     assert result.stdout.startswith("made  features within")
     assert (Path("made") / "preprocessor_config.json").is_file()
+
+
+def test_the_line_that_loads_an_export_does(trained):
+    line = call(trained.id, "--format", "timm", "--output", "made").stdout.splitlines()[-1]
+    code = line.removeprefix("load it: timm.create_model(").removesuffix(", pretrained=True)")
+    assert timm.create_model(code.strip('"'), pretrained=True).num_features == 128
 
 
 def test_only_force_replaces_an_export(trained):
