@@ -14,6 +14,7 @@ from synthrep_shared.client import SynthRep
 
 _UNDER_WAY = ("queued", "running")
 _POLL_S = 0.2
+_PROGRESS = b" captions"  # of a batch; at 80 columns a table leaves others out
 _INTERRUPTED = 130
 
 
@@ -34,13 +35,13 @@ def main() -> int:
     shown = b""
     with SynthRep() as client, subprocess.Popen(command, stdout=other_end) as watch:
         os.close(other_end)
-        while watch.poll() is None and (b"batch" not in shown or is_under_way(client)):
+        while watch.poll() is None and (_PROGRESS not in shown or is_under_way(client)):
             shown += read(terminal)
         watch.send_signal(signal.SIGINT)
         while watch.poll() is None:
             shown += read(terminal)
     os.close(terminal)
-    return 0 if watch.returncode == _INTERRUPTED and b"batch" in shown else 1
+    return 0 if watch.returncode == _INTERRUPTED and _PROGRESS in shown else 1
 
 
 def is_under_way(client: SynthRep) -> bool:
