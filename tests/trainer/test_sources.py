@@ -368,7 +368,9 @@ def test_a_run_learns_over_http_and_pauses_its_generator(
     marker = shard_maker.paths.control / f"{HEADER.id}.paused"
     seen = []
     monkeypatch.setattr(
-        RunRecorder, "record_step", lambda *_, **__: seen or seen.append(wait_until(marker.exists))
+        RunRecorder,
+        "record_step",
+        lambda *_, **__: seen or seen.append(wait_until(marker.exists, 3 * LIMIT_S)),
     )
     assert train.run(folder, settings, never)
     assert seen[0], "never paused"
