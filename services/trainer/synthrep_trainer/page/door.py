@@ -37,7 +37,7 @@ class Door:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not is_of_page(scope["path"]):
+        if not is_of_page(scope):
             await self._app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
@@ -71,8 +71,11 @@ def remember(response: Response, request: Request, keys: Keys) -> None:
         )  # fmt: skip
 
 
-def is_of_page(path: str) -> bool:
-    """Whether a path is the page's, and no part of the API."""
+def is_of_page(scope: Scope) -> bool:
+    """Whether it is a request for the page, and for no part of the API."""
+    if scope["type"] != "http":
+        return False
+    path: str = scope["path"]
     return path == "/" or path.startswith(PREFIX + "/")
 
 

@@ -46,7 +46,7 @@ class HtmlProblems:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not is_of_page(scope["path"]):
+        if not is_of_page(scope):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
