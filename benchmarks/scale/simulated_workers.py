@@ -25,7 +25,7 @@ from synthrep_generator.dataset_files import DatasetFiles, OpenDatasets
 from synthrep_generator.jobs import JobResult, ShardRequest, make_request, seal
 from synthrep_generator.pipe import Finished, Raised
 from synthrep_generator.queues import WorkQueue
-from synthrep_generator.scheduling import work_in_stretches
+from synthrep_generator.scheduling import give_way
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.shard_writer import ShardWriter
 from synthrep_generator.supervisor import Outcome, Stopped, Supervisor, Wish
@@ -154,7 +154,7 @@ def serve(settings: GeneratorSettings, *, count: int, device_s: float) -> list[f
 def main() -> None:
     """Serve, then leave the times of the commits in the file OUT."""
     settings = GeneratorSettings()
-    work_in_stretches()  # as real ones do
+    give_way()  # as real ones do
     configure_logging("simulated-workers", "WARNING")
     append_s = serve(settings, count=int(sys.argv[1]), device_s=float(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(append_s))

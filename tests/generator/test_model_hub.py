@@ -418,7 +418,7 @@ def test_a_device_process_goes_to_no_hub(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr("sys.argv", ["device_process", "3", "1"])
     monkeypatch.setattr(device_process, "die_with_parent", lambda _: None)
-    monkeypatch.setattr(device_process, "work_in_stretches", lambda: None)
+    monkeypatch.setattr(device_process, "give_way", lambda: None)
     monkeypatch.setattr(device_process.signal, "signal", lambda *_: None)
     monkeypatch.setattr(device_process, "GeneratorSettings", end)
     with pytest.raises(StopIteration):

@@ -31,8 +31,8 @@ def run(*lines: str, **options: Any) -> list[str]:
 
 
 GIVE_WAY = (
-    "from synthrep_generator.scheduling import work_in_stretches",
-    "work_in_stretches()",
+    "from synthrep_generator.scheduling import give_way",
+    "give_way()",
 )
 
 
@@ -79,4 +79,4 @@ def test_a_system_that_forbids_it_is_taken_as_it_is(
     monkeypatch.setattr("os.setpriority", refuse)
     monkeypatch.setattr("os.getsid", lambda _: os.getpid())
     monkeypatch.setattr(scheduling, "_AUTOGROUP", tmp_path / "absent" / "autogroup")
-    scheduling.work_in_stretches()
+    scheduling.give_way()

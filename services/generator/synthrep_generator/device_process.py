@@ -42,7 +42,7 @@ from synthrep_generator.pipe import (
     StopChunk,
 )
 from synthrep_generator.quality_gate import CaptionJudge, Judges, SafetyJudge
-from synthrep_generator.scheduling import work_in_stretches
+from synthrep_generator.scheduling import give_way
 from synthrep_generator.settings import GeneratorSettings, ModelConfig
 from synthrep_generator.synthesis import (
     DeviceUse,
@@ -285,7 +285,7 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the worker says over the channel when to stop
-    work_in_stretches()  # it leads a session
+    give_way()  # it leads a session
     os.environ |= _OFFLINE
     settings = GeneratorSettings()
     configure_logging("generator-worker", settings.log_level)

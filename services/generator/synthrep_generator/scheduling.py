@@ -13,7 +13,7 @@ _TRIES = 20
 _BETWEEN_TRIES_S = 0.1
 
 
-def work_in_stretches() -> None:
+def give_way() -> None:
     """Have this process, and those it starts, give way to services that answer.
 
     They interrupt none that wakes up, and get the smaller share while there is too little for all.

@@ -32,7 +32,7 @@ from synthrep_generator.failure_writer import Failure, record_failures
 from synthrep_generator.leases import Lease
 from synthrep_generator.pipe import Finished, Raised
 from synthrep_generator.queues import SOCKET_TIMEOUT_S, ChunkJob, WorkerView, WorkQueue
-from synthrep_generator.scheduling import work_in_stretches
+from synthrep_generator.scheduling import give_way
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_generator.supervisor import Crashed, Outcome, Supervisor, Wish
 from synthrep_shared.exposition import exposed
@@ -282,7 +282,7 @@ class ChunkWorker(Worker):
 def main() -> int:
     """Serve until SIGTERM or SIGINT."""
     settings = GeneratorSettings()
-    work_in_stretches()
+    give_way()
     configure_logging("generator-worker", settings.log_level)
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
     prepare_root(settings.root)
