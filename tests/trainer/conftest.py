@@ -1,12 +1,13 @@
-"""A generator in a few lines: commits small shards to a data set, whole or broken."""
+"""A generator in a few lines, which commits small shards, whole or broken; and the page."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import simplejpeg
 from synthrep_shared import samples
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef
 from synthrep_shared.storage import DatasetPaths, publish_bytes
+
+from .pages import Page
 
 
 class ShardMaker:
@@ -106,3 +109,22 @@ def shard_maker(tmp_path: Path) -> ShardMaker:
 def make_tar() -> Callable[[list[tuple[str, bytes]]], bytes]:
     """Makes a plain tar of (name, bytes)."""
     return tar_bytes
+
+
+@pytest.fixture
+def make_page(tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    made: list[Page] = []
+
+    def make(**settings: Any) -> Page:
+        made.append(Page(tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for page in made:
+        page.browser.close()
+        page.generator.close()
+
+
+@pytest.fixture
+def page(make_page: Callable[..., Page]) -> Page:
+    return make_page()

@@ -1,111 +1,25 @@
-"""The page in front of a real generator's API."""
+"""What the page shows of a real generator's API and of runs, and what its forms do."""
 
 from __future__ import annotations
 
 import html
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
-from starlette.testclient import TestClient
 
-from synthrep_generator.api import create_app as create_generator
-from synthrep_generator.settings import GeneratorSettings
-from synthrep_shared.keys import OPEN
-from synthrep_shared.messages import ProbeRequest, RunRequest
+from synthrep_shared.messages import ProbeRequest
 from synthrep_trainer.api import create_app
-from synthrep_trainer.context import Context
-from synthrep_trainer.feature_maps import write_feature_map
 from synthrep_trainer.metrics import MetricsWriter, StepMetrics
-from synthrep_trainer.page import routes, sections
-from synthrep_trainer.page.door import Keys
-from synthrep_trainer.page.generator import Generator
 from synthrep_trainer.page.routes import STATIC
-from synthrep_trainer.page.sections import PARTS, Choice, Viewer
 from synthrep_trainer.records import Status
 from synthrep_trainer.runs import Workplace, locked
-from synthrep_trainer.settings import TrainerSettings
 
 from .conftest import ShardMaker
-from .test_page_feature_map import THREE
-
-URL = "http://generator:8000"
-BY_PAGE = {"hx-request": "true"}
-KEY = "a key: with +signs, ключ"
-
-
-def transport_to(service: TestClient) -> httpx.MockTransport:
-    """Carries requests of the page's client to an app in this process."""
-
-    def ask(request: httpx.Request) -> httpx.Response:
-        answer = service.request(
-            request.method,
-            str(request.url),
-            headers=request.headers.raw,
-            content=request.content,
-        )
-        return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
-
-    return httpx.MockTransport(ask)
-
-
-def no_answer(request: httpx.Request) -> httpx.Response:
-    raise httpx.ConnectError("connection refused", request=request)
-
-
-class Page:
-    """A trainer's page and the generator that it asks."""
-
-    def __init__(
-        self, folder: Path, transport: httpx.MockTransport | None = None, **settings: Any
-    ) -> None:
-        self.root = folder / "data"
-        self.root.mkdir()
-        keys = settings.get("api_keys", [])
-        generator = {"root": self.root, "api_keys": keys, "redis_url": "redis://127.0.0.1:1/0"}
-        self.generator = TestClient(
-            create_generator(GeneratorSettings.model_validate(generator)), base_url=URL
-        )
-        self.place = Workplace(folder / "runs")
-        trainer = {
-            "root": self.root, "runs": self.place.root, "generator_url": URL,
-        }  # fmt: skip
-        self.settings = TrainerSettings.model_validate(trainer | settings)
-        self.transport = transport or transport_to(self.generator)
-        self.browser = TestClient(create_app(self.settings, generator=self.transport))
-
-    def get(self, path: str) -> str:
-        answer = self.browser.get(path)
-        assert answer.status_code == 200, answer.text
-        return html.unescape(answer.text)
-
-    def post(self, path: str, **fields: Any) -> Any:
-        return self.browser.post(f"/page/{path}", data=fields, headers=BY_PAGE)
-
-
-@pytest.fixture
-def make_page(tmp_path: Path) -> Iterator[Callable[..., Page]]:
-    made: list[Page] = []
-
-    def make(**settings: Any) -> Page:
-        made.append(Page(tmp_path, **settings))
-        return made[-1]
-
-    yield make
-    for page in made:
-        page.browser.close()
-        page.generator.close()
-
-
-@pytest.fixture
-def page(make_page: Callable[..., Page]) -> Page:
-    return make_page()
+from .pages import BY_PAGE, URL, Page, no_answer
 
 
 def write_steps(page: Page, run: str, count: int) -> None:
@@ -282,124 +196,11 @@ def test_a_form_shows_its_curl_command(page):
     assert "Not complete yet" in page.post("preview/batches", dataset="d").text
 
 
-def test_another_site_cannot_act_for_the_reader(page):
-    fields = {"dataset": "birds", "max_steps": "30"}
-    assert page.browser.post("/page/runs", data=fields).status_code == 403
-    assert page.place.runs() == []
-
-
 def test_a_generator_that_is_gone_takes_only_its_parts_away(make_page):
     page = make_page(generator_url=None)
     assert "SYNTHREP_TRAINER_GENERATOR_URL" in page.get("/")
     assert "is queued" in page.post("runs", dataset="birds", max_steps="30").text
     assert page.browser.get("/page/groups/00").status_code == 422
-
-
-def test_the_key_is_asked_for_and_kept_from_scripts(make_page):
-    page = make_page(api_keys=[{"name": "ann", "key": KEY}])
-    assert 'name="key"' in page.get("/")
-    assert page.browser.get("/page/parts/runs").status_code == 401
-    page.post("session", key="wrong")
-    assert "not one of the service" in page.get("/")
-    answer = page.post("session", key=KEY)
-    assert answer.headers["hx-redirect"] == "/"
-    for cookie in answer.headers.get_list("set-cookie"):
-        assert "HttpOnly" in cookie
-        assert "SameSite=strict" in cookie
-        assert KEY not in cookie
-    assert "No run yet" in page.get("/")
-    assert "2 captions accepted" in page.post("batches", dataset="birds", prompts="a\nb").text
-    assert page.browser.get("/v1/runs").status_code == 401, "the API takes no cookie"
-    page.post("session")
-    assert 'name="key"' in page.get("/")
-
-
-def test_the_viewer_sees_and_does_what_the_key_allows(make_page):
-    keys = [
-        {"name": "ann", "key": "ann", "scopes": ["read", "submit"]},
-        {"name": "bob", "key": "bob", "scopes": ["read", "submit"]},
-        {"name": "eve", "key": "eve", "scopes": ["read"]},
-    ]
-    page = make_page(api_keys=keys)
-    page.post("session", key="ann")
-    page.post("runs", dataset="birds", max_steps="30")
-    page.post("batches", dataset="birds", prompts="a bird")
-    (folder,) = page.place.runs()
-    assert folder.id[:15] in page.get("/")
-    assert "1 of" not in page.get("/page/parts/overview")
-    assert "birds" in page.get("/page/parts/overview")
-    page.post("session", key="bob")
-    assert folder.id[:15] not in page.get("/")
-    assert "birds" not in page.get("/page/parts/overview")
-    assert page.post(f"runs/{folder.id}/stop").status_code == 404
-    page.post("session", key="eve")
-    assert "batches-form" not in page.get("/")
-    assert page.post("runs", dataset="birds", max_steps="30").status_code == 403
-
-
-def test_a_map_shows_no_captions_that_the_generator_keeps_from_the_viewer(make_page):
-    scopes = ["read", "submit"]
-    page = make_page(
-        api_keys=[{"name": name, "key": name, "scopes": scopes} for name in ("ann", "bob")]
-    )
-    page.post("session", key="ann")
-    page.post("batches", dataset="birds", prompts="a bird")
-    for name, is_shown in (("ann", True), ("bob", False)):
-        run = page.place.submit_run(RunRequest(dataset="birds", max_steps=30), owner=name)
-        write_feature_map(run.path, THREE)
-        page.post("session", key=name)
-        assert ("a jay" in page.get("/page/parts/map")) == is_shown
-        assert ("a tit" in page.get("/page/groups/00/neighbours")) == is_shown
-    assert "does not show birds" in page.get("/page/parts/map")
-
-
-def test_a_generator_with_another_key_gets_that_one(tmp_path):
-    page = Page(tmp_path, api_keys=[{"name": "ann", "key": "ann"}])
-    other = [{"name": "ann", "key": "other"}]
-    settings = GeneratorSettings.model_validate({"root": page.root, "api_keys": other})
-    with TestClient(create_generator(settings), base_url=URL) as generator:
-        trainer = TrainerSettings.model_validate(
-            {"root": page.root, "runs": tmp_path / "runs", "generator_url": URL,
-             "api_keys": [{"name": "ann", "key": "ann"}]}
-        )  # fmt: skip
-        with TestClient(create_app(trainer, generator=transport_to(generator))) as browser:
-            browser.post("/page/session", data={"key": "ann"}, headers=BY_PAGE)
-            assert "does not know this key" in browser.get("/page/parts/overview").text
-            keys = {"key": "ann", "generator_key": "other"}
-            browser.post("/page/session", data=keys, headers=BY_PAGE)
-            assert "does not know" not in browser.get("/page/parts/overview").text
-
-
-def test_an_open_trainer_asks_for_the_key_of_its_generator(tmp_path):
-    root = tmp_path / "data"
-    root.mkdir()
-    keys = [{"name": "ann", "key": "ann"}]
-    generator = GeneratorSettings.model_validate({"root": root, "api_keys": keys})
-    trainer = TrainerSettings(root=root, runs=tmp_path / "runs", generator_url=URL)
-    with (
-        TestClient(create_generator(generator), base_url=URL) as service,
-        TestClient(create_app(trainer, generator=transport_to(service))) as browser,
-    ):
-        assert 'href="/page/session"' in browser.get("/").text
-        form = browser.get("/page/session").text
-        assert 'name="generator_key"' in form
-        assert 'name="key"' not in form
-        browser.post("/page/session", data={"generator_key": "ann"}, headers=BY_PAGE)
-        text = browser.get("/").text
-        assert "does not know" not in text
-        assert "Sign out" in text
-
-
-def test_an_expired_key_leads_back_to_the_question_for_it(make_page):
-    page = make_page(api_keys=[{"name": "ann", "key": KEY}])
-    answer = page.post("batches", dataset="birds", prompts="a bird")
-    assert (answer.status_code, answer.headers["hx-redirect"]) == (401, "/")
-    assert "hx-redirect" not in page.browser.get("/v1/runs").headers
-
-
-def test_another_site_cannot_sign_a_reader_in(page):
-    assert page.browser.post("/page/session", data={"key": "theirs"}).status_code == 403
-    assert not page.browser.cookies
 
 
 def test_probes_are_those_of_the_run_that_is_shown(page):
@@ -484,7 +285,6 @@ def test_who_waits_for_the_generator_keeps_nobody_from_the_api(make_page):
     assert anyio.run(look) == 200
 
 
-NOTHING_CHOSEN = Choice()
 HOSTILE = """<script>alert("1")</script>' onload='x"""
 
 
@@ -517,62 +317,3 @@ def test_one_look_lists_the_runs_once(page, monkeypatch):
     monkeypatch.setattr(Workplace, "runs", lambda self: listed.append(self) or real(self))
     assert "queued" in page.get("/")
     assert len(listed) == 1
-
-
-def follow(page: Page, num_rounds: int, choice: Choice = NOTHING_CHOSEN) -> list[list[str]]:
-    """Names of what the stream sends, a list for each look."""
-
-    async def collect() -> list[list[str]]:
-        context = Context(page.settings, page.place)
-        viewer = Viewer(context, Generator(page.settings, page.transport), OPEN, Keys("", ""))
-        rounds: list[list[str]] = []
-        async with aclosing(routes.events(viewer, choice)) as stream:
-            async for event in stream:
-                if event.event == "clock":
-                    if len(rounds) == num_rounds:
-                        return rounds
-                    rounds.append([])
-                    if len(rounds) == num_rounds:
-                        page.place.submit_run(
-                            RunRequest(dataset="birds", max_steps=30), owner="ann"
-                        )
-                else:
-                    rounds[-1].append(event.event)
-        raise AssertionError("the stream ended")
-
-    return anyio.run(collect)
-
-
-def test_a_damaged_run_hides_no_other_and_ends_no_stream(page, monkeypatch):
-    monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
-    old, new = (
-        page.place.submit_run(RunRequest(dataset="birds", max_steps=30), owner="ann")
-        for _ in range(2)
-    )
-    new.metrics.write_bytes(b"{\n")
-    assert old.id[:15] in page.get("/")
-    assert page.browser.get("/v1/runs").json()["items"][0]["id"] == old.id
-    first, _ = follow(page, 2, Choice(run=new.id))
-    assert "probes" in first
-
-
-def test_the_stream_ends_with_the_server(page, monkeypatch):
-    monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
-    looks = iter([False, False, True])
-    context = Context(page.settings, page.place, lambda: next(looks))
-    viewer = Viewer(context, Generator(page.settings, page.transport), OPEN, Keys("", ""))
-
-    async def collect() -> list[str | None]:
-        return [event.event async for event in routes.events(viewer, Choice())]
-
-    assert anyio.run(collect).count("clock") == 2
-
-
-def test_the_stream_sends_what_has_changed(page, monkeypatch):
-    monkeypatch.setattr(routes, "_PAUSE_S", 0.0)
-    monkeypatch.setattr(sections, "_free_bytes", lambda context: None)
-    first, second, third = follow(page, 3)
-    assert first == list(PARTS)
-    assert second == []
-    assert {"overview", "runs"} <= set(third)
-    assert "images" not in third
