@@ -2,6 +2,7 @@
 
 What they are not: the same bytes. Python is Debian's 3.11 and Redis Debian's 7.0; torch, which has
 to come from somewhere, is copied from this environment, so that a worker's image is larger here.
+As in the real one, `/data` of Redis' image belongs to a user of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ RUN printf '[global]\\ncert = /etc/ssl/certs/ca-certificates.crt\\n' > /etc/pip.
 _REDIS = f"""
 FROM {_DEBIAN}
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server \\
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* && install -d -o redis -g redis /data
+VOLUME /data
 """
 
 

@@ -154,3 +154,13 @@ def test_every_volume_belongs_to_the_user_from_the_first_start(services):
     made = recipe.partition("install -d -o 10001 -g 10001 ")[2].partition("ENV ")[0]
     for target in mounted.values():
         assert target.removeprefix("/var/lib/synthrep/") in made.split(), target
+
+
+def test_no_image_of_others_takes_a_fresh_volume_from_the_user(services):
+    """The engine gives an empty volume to the owner of the folder that the image has there."""
+    mounts = [(name, mount) for name, service in services.items() if "build" not in service
+              for mount in service["volumes"]
+              if mount["type"] == "volume" and not mount.get("read_only")]  # fmt: skip
+    assert {name for name, _ in mounts} == {"redis", "s3", "prometheus", "grafana"}
+    for name, mount in mounts:
+        assert mount["volume"].get("nocopy") is True, name
