@@ -160,6 +160,13 @@ def test_a_bad_member_is_refused_by_name(good, write, change, words):
         read(write(change(good)))
 
 
+@pytest.mark.parametrize("kind", ["GIF", "BMP"])
+def test_a_name_need_not_tell_the_format(write, kind):
+    pixels = np.full((8, 8, 3), 51, np.uint8)
+    images, _ = read(write([("k.jpg", encoded(pixels, kind)), ("k.cls", b"0")]))
+    np.testing.assert_array_equal(images[0], pixels)
+
+
 def test_other_image_formats_are_not_decoded(noise, write):
     with pytest.raises(ProbeDataError, match="cannot be decoded"):
         read(write([("k.png", encoded(noise[0], "TIFF")), ("k.cls", b"0")]))

@@ -32,6 +32,8 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_IMAGES = 5_000_000
 CIFAR_PX = 32
 _SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "cls"})
+# By content, whatever the name: among the `.jpg` of Oxford-IIIT Pets and SUN397 are GIF and BMP.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+/ ()-]{0,254}")
 _LABEL = re.compile(rb"\s*([0-9]{1,7})\s*")
 _UNREADABLE = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError)
@@ -130,9 +132,9 @@ def _records(path: Path, label_bytes: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def decode(data: bytes, *, image_px: int, where: str) -> UInt8[np.ndarray, "px px 3"]:
-    """RGB pixels of one JPEG, PNG or WebP at the requested size; `where` names it in errors."""
+    """RGB pixels of one image at the requested size, of a GIF its first; errors name `where`."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ProbeDataError(
                     f"{where}: {image.width} x {image.height} pixels, "
