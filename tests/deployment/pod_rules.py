@@ -221,8 +221,12 @@ def selectors(documents: Sequence[Document]) -> Iterator[str]:
                    if b["spec"]["selector"]["matchLabels"].items() <= own.items()]  # fmt: skip
         if len(budgets) != 1:
             yield f"{title(document)}: has {len(budgets)} disruption budgets"
-        elif budgets[0].get("minAvailable", 0) >= document["spec"].get("replicas", 1):
+        elif budgets[0].get("minAvailable", 0) >= document["spec"].get("replicas", 1) or (
+            budgets[0].get("maxUnavailable") == 0
+        ):
             yield f"{title(document)}: its budget blocks every drain"
+        elif budgets[0].get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield f"{title(document)}: pods that are not ready block a drain"
     for document in of_kind(documents, "Service"):
         if not finds(document["spec"]["selector"]):
             yield f"{title(document)}: finds no pod"

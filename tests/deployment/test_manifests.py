@@ -162,6 +162,12 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
     "a budget that blocks drains": (
         "prod", lambda d: d["PodDisruptionBudget/generator-api"]["spec"].update(minAvailable=3),
         "blocks every drain"),
+    "a budget that lets nobody go": (
+        "prod", lambda d: d["PodDisruptionBudget/redis"]["spec"].update(maxUnavailable=0),
+        "blocks every drain"),
+    "a budget that keeps broken pods": (
+        "prod", lambda d: d["PodDisruptionBudget/generator-worker-l4"]["spec"].pop(
+            "unhealthyPodEvictionPolicy"), "block a drain"),
     "a selector that finds nothing": (
         "prod", lambda d: d["Service/trainer-api"]["spec"].update(
             selector={"app.kubernetes.io/component": "trainers"}), "finds no pod"),
