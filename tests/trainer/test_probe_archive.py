@@ -244,6 +244,19 @@ def test_a_member_that_claims_gigabytes_is_not_read(tmp_path, kind):
         read(tmp_path / "train.tar.xz")
 
 
+def test_a_sparse_member_is_not_blown_up(tmp_path):
+    member = tarfile.TarInfo("k.png")
+    member.pax_headers = {
+        "GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "k.png",
+        "GNU.sparse.size": str(2**40), "GNU.sparse.map": f"{2**40 - 1},1",
+    }  # fmt: skip
+    member.size = 1
+    with tarfile.open(tmp_path / "train.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(ProbeDataError, match="sparse"):
+        read(tmp_path / "train.tar")
+
+
 def test_images_that_wait_for_their_labels_are_bounded(good, write, monkeypatch):
     apart = [*good[::2], *good[1::2]]
     monkeypatch.setattr(probe_archive, "MAX_WAITING_BYTES", sum(len(d) for _, d in apart[:3]))

@@ -213,6 +213,8 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
                     raise ProbeDataError(f"{path}: unexpected member {name[:80]!r}")
                 if suffix not in _SUFFIXES:
                     raise ProbeDataError(f"{path}: {name[:80]!r} is neither an image nor a .cls")
+                if member.issparse():  # few bytes on the disk, and any number of zeros when read
+                    raise ProbeDataError(f"{path}: {name[:80]!r} is stored as a sparse file")
                 content = archive.extractfile(member)
                 assert content is not None, "a regular member has a stream"
                 yield key, suffix, content.read()
