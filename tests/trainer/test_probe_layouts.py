@@ -108,6 +108,7 @@ def caltech101(root):
             path = root / "caltech101" / "101_ObjectCategories" / name / f"image_{k:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+    (path.parents[1] / "BACKGROUND_Google" / "tmp").touch()  # comes with the set
 
 
 def food101(root):

@@ -215,8 +215,9 @@ def _caltech_names(folder: Path) -> tuple[str, ...]:
 
 
 def _caltech(folder: Path, split: Split) -> Iterator[Entry]:
+    """The images alone: BACKGROUND_Google comes with a file `tmp` beside them."""
     for label, name in enumerate(_caltech_names(folder)):
-        paths = _images(folder / name)
+        paths = sorted((folder / name).glob("image_*.jpg"))
         if len(paths) <= CALTECH_TRAIN_PER_CLASS:
             raise ProbeDataError(f"{folder / name} has {len(paths)} images, none is left for test")
         drawn = set(random.Random(f"caltech101/{name}").sample(paths, CALTECH_TRAIN_PER_CLASS))
