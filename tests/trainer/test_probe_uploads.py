@@ -87,6 +87,8 @@ def link():
         ([("1.png", png())], "neither class/image"),
         ([("x/dog/1.png", png())], "neither class/image"),
         ([("dog\n/1.png", png())], "neither class/image"),
+        ([("dog\u2028cat/1.png", png())], "neither class/image"),
+        ([("\u3000/1.png", png())], "neither class/image"),
         ([("dog/1.exe", b"MZ")], "no JPEG, PNG or WebP"),
         ([("dog/x.png", b"MZ\x00")], "not the image that its name"),
         ([(link(), "/etc/passwd")], "a link"),
@@ -149,6 +151,21 @@ def test_a_damaged_zip_is_refused(sets, cut):
     with pytest.raises(ProbeDataError, match="cannot be read"):
         accept(io.BytesIO(flipped), sets)
     assert list(sets.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [b"\xff\xff", b"\0\0"], ids=["no UTF-8", "empty"])
+def test_a_name_that_is_no_text_is_refused(sets, name):
+    data = zipped([*IMAGES, ("é", b"")]).getvalue().replace("é".encode(), name)
+    with pytest.raises(ProbeDataError, match="cannot be read"):
+        accept(io.BytesIO(data), sets)
+
+
+def test_a_damaged_image_that_was_packed_by_lzma_is_refused(sets):
+    data = bytearray(zipped(IMAGES, compression=zipfile.ZIP_LZMA).getvalue())
+    start = data.index(b"dog/0.png") + len(b"dog/0.png")
+    data[start + 9 : start + 40] = b"\xff" * 31
+    with pytest.raises(ProbeDataError, match="cannot be read"):
+        accept(io.BytesIO(data), sets)
 
 
 def test_a_name_is_taken_once(sets):

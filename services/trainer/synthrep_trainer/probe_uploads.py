@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -33,7 +34,11 @@ _CLASS = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
 _SUFFIXES = {"jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 _LEFT_OUT = re.compile(r"(__MACOSX/.*|(.*/)?(\.DS_Store|Thumbs\.db|desktop\.ini))")
 _SYMLINK, _KIND = 0o120000, 0o170000
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+# Of what zipfile lets through: names that are not the UTF-8 they claim to be, or empty.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError),
+    *(RuntimeError, OSError, ValueError, IndexError),
+)
 
 
 class NameTakenError(ProbeDataError):
@@ -160,7 +165,7 @@ def _member(info: zipfile.ZipInfo) -> tuple[str, _Member]:
     shown = repr(info.filename[:80])
     *folders, image = info.filename.split("/")
     part = folders.pop(0) if len(folders) == 2 and folders[0] in _SPLITS else ""
-    if len(folders) != 1 or folders[0] in (".", "..") or not _CLASS.fullmatch(folders[0]):
+    if len(folders) != 1 or folders[0] in (".", "..") or not _is_class(folders[0]):
         raise ProbeDataError(f"{shown} is neither class/image nor train|val|test/class/image")
     suffix = image.rpartition(".")[2].lower()
     if suffix not in (*_SUFFIXES, "webp"):
@@ -168,6 +173,12 @@ def _member(info: zipfile.ZipInfo) -> tuple[str, _Member]:
     if (info.external_attr >> 16) & _KIND == _SYMLINK or info.flag_bits & 1:
         raise ProbeDataError(f"{shown} is a link, or encrypted")
     return part, _Member(info, folders[0], suffix)
+
+
+def _is_class(name: str) -> bool:
+    """Whether it is a name that a line of classes.txt can hold."""
+    is_line = name.splitlines() == [name] and not name.isspace()
+    return is_line and _CLASS.fullmatch(name) is not None
 
 
 def _drawn(members: Sequence[_Member]) -> Mapping[Split, list[_Member]]:
