@@ -180,8 +180,10 @@ def probes(documents: Sequence[Document]) -> Iterator[str]:
             for path in re.findall(r"/tmp/[a-z]+", command):
                 if path != heartbeat:
                     yield f"{name}: {kind} looks at {path}, the heartbeat is {heartbeat}"
-            if kind == "livenessProbe" and "readyz" in str(container.get(kind)):
-                yield f"{name}: Redis' absence would restart it"
+            if "readyz" in str(container.get(kind)) and (
+                kind == "livenessProbe" or "generator" in name
+            ):
+                yield f"{name}: Redis' absence would restart it, or end its answers: {kind}"
 
 
 def figures(documents: Sequence[Document]) -> Iterator[str]:

@@ -202,6 +202,9 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
             {"requests.nvidia.com/gpu": "8"}), "admits less"),
     "a volume that is not there": (
         "gpu", lambda d: d.pop("PersistentVolumeClaim/data"), "no PersistentVolumeClaim data"),
+    "an API that is gone while Redis is": (
+        "prod", lambda d: _container("Deployment/generator-api")(d)["readinessProbe"].update(
+            httpGet={"path": "/readyz", "port": "http"}), "end its answers"),
     "a probe that looks elsewhere": (
         "gpu", lambda d: d["ConfigMap/generator"]["data"].update(
             SYNTHREP_GENERATOR_HEARTBEAT="/tmp/beat"), "looks at /tmp/heartbeat"),
