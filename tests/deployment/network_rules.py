@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tests.deployment.render import Document, component, environment, of_kind, pods
+from tests.deployment.render import (
+    Document,
+    component,
+    environment,
+    kustomize,
+    of_kind,
+    pods,
+)
 
 _REDIS_USERS = {"generator-api", "generator-reconciler", "generator-worker"}
 _PORTS = {"http": 8000, "redis": 6379}
@@ -33,6 +40,10 @@ def network(documents: Sequence[Document]) -> Iterator[str]:
         ):
             yield f"{name} cannot reach the object store"
     api = templates["generator-api"]["metadata"]["labels"]
+    for name, labels in _trainers(templates):
+        leaves = _leaves(policies, labels, {"labels": api}, "http")
+        if not (leaves and _enters(policies, api, {"labels": labels}, "http")):
+            yield f"{name} cannot reach generator-api"
     others = {"ScaledObject": "keda", "ServiceMonitor": "monitoring"}
     for kind, namespace in others.items():
         if any(of_kind(documents, kind)) and not _enters(
@@ -68,6 +79,14 @@ def _redis(
     enters = _enters(policies, redis["metadata"]["labels"], {"labels": labels}, "redis")
     if (leaves and enters) != (name in _REDIS_USERS):
         yield f"{name} {'can' if leaves and enters else 'cannot'} reach Redis"
+
+
+def _trainers(templates: dict[str, Document]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Who asks the generator, with the pods of trainings that join what an overlay has made."""
+    for name in ("trainer-api", "trainer"):
+        yield name, templates[name]["metadata"]["labels"]
+    for template in (t for _, t in pods(kustomize("training/job"))):
+        yield component(template), template["metadata"]["labels"]
 
 
 def _training(templates: dict[str, Document], policies: list[Any]) -> Iterator[str]:

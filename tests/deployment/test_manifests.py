@@ -137,6 +137,13 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         "prod", lambda d: d.pop("NetworkPolicy/dns"), "cannot resolve"),
     "no network rule for S3": (
         "prod", lambda d: d.pop("NetworkPolicy/data-to-store"), "cannot reach the object store"),
+    "no way from runs to the generator": (
+        "prod", lambda d: d["NetworkPolicy/trainer-to-generator"]["spec"].update(
+            podSelector={"matchLabels": {"app.kubernetes.io/component": "trainer-api"}}),
+        "trainer cannot reach generator-api"),
+    "no way into the generator for runs": (
+        "prod", lambda d: d.pop("NetworkPolicy/generator-from-trainer"),
+        "training cannot reach generator-api"),
     "Redis open to all": (
         "prod", lambda d: d["NetworkPolicy/redis-from-generator"]["spec"].update(
             ingress=[{"from": [{"podSelector": {}}]}])
