@@ -71,6 +71,20 @@ class Budget(_Part):
     views_per_caption: int = Field(default=4, ge=2)
     """Images of a caption in a batch, of the rows to which captions are positives."""
 
+    @model_validator(mode="after")
+    def _is_equal_for_all(self) -> Budget:
+        if self.views_per_batch % 2 or self.views_per_batch % self.views_per_caption:
+            raise ValueError(
+                "views_per_batch must be a multiple of 2 (crops of simclr) and of "
+                "views_per_caption, or rows would see batches of different sizes"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Of every trained row."""
+        return max(1, self.views // self.views_per_batch)
+
 
 class Machine(_Part):
     """How the work is spread; no part of what is compared."""
@@ -113,8 +127,10 @@ class Comparison(_Part):
             raise ValueError("tuned names a row that is not trained")
         if self.tuned and not self.tuning_trials:
             raise ValueError("tuned needs tuning_trials, the same number for every row")
-        for row in self.trained_rows:
-            self.request(row, self.seeds[0], dataset="checked")
+        requests = [self.request(r, s, dataset="checked") for r in self.trained_rows
+                    for s in self.seeds]  # fmt: skip
+        if len({(r.model, r.image_size, r.downsample_probability) for r in requests}) > 1:
+            raise ValueError("tuned must leave encoder and augmentation as they are")
         for name in self.ablations:
             self.ablated(name)
         return self
@@ -134,7 +150,7 @@ class Comparison(_Part):
         fields: dict[str, Any] = {
             "dataset": dataset, "objective": objective, "seed": seed,
             "images_per_caption": images, "captions_per_batch": batch // views,
-            "max_steps": max(1, self.budget.views // batch), "max_uses_per_image": 100_000,
+            "max_steps": self.budget.steps, "max_uses_per_image": 100_000,
         }  # fmt: skip
         return RunRequest.model_validate(self.training | self.tuned.get(row, {}) | fields)
 
@@ -161,8 +177,11 @@ class Comparison(_Part):
         """The comparison with what an ablation changes; raises ComparisonError."""
         fields = self.model_dump(mode="json") | {"ablations": {}, "name": f"{self.name}-{name}"}
         changes = dict(self.ablations[name])
-        fields["rows"] = changes.pop("rows", ["stablerep", "simclr-generated"])
-        fields["tuned"] = {row: of for row, of in self.tuned.items() if row in fields["rows"]}
+        rows = changes.pop("rows", ["stablerep", "simclr-generated"])
+        if not isinstance(rows, list | tuple):
+            raise ComparisonError(f"ablations.{name}: rows: a list is wanted")
+        fields["rows"] = rows
+        fields["tuned"] = {row: of for row, of in self.tuned.items() if row in rows}
         fields["generated"] |= changes
         return _validated(fields, f"ablations.{name}")
 

@@ -80,9 +80,10 @@ def _cell(summary: Summary, name: str, row: str) -> tuple[str, bool]:
 
 def _facts(part: Finished) -> str:
     world, budget = part.config.generated, part.config.budget
+    views = budget.steps * budget.views_per_batch
     return (
         f"{world.num_captions} captions with {world.images_per_caption} images each by "
-        f"{world.model}. Every trained row sees {budget.views:,} image views in batches of "
+        f"{world.model}. Every trained row sees {views:,} image views in batches of "
         f"{budget.views_per_batch}, with the same encoder, augmentation and "
         f"{part.config.tuning_trials} tuning trials. Seeds: "
         f"{', '.join(map(str, part.config.seeds))}. "

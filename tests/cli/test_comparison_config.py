@@ -70,6 +70,9 @@ def test_the_name_of_generated_images_says_what_they_are():
         ({"tuned": {"pixels": {}}, "tuning_trials": 1}, "not trained"),
         ({"ablations": {"g": {"guidance": 3}}}, r"ablations\.g: generated\.guidance"),
         ({"training": {"image_sice": 32}}, "image_sice"),
+        ({"seeds": [0, -1]}, "seed"),
+        ({"tuned": {"stablerep": {"image_size": 64}}, "tuning_trials": 1}, "tuned must leave"),
+        ({"ablations": {"g": {"rows": 3}}}, r"ablations\.g: rows: a list"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(tmp_path, changes, words):
@@ -86,6 +89,13 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(tmp_path, changes,
     path.write_text(text)
     with pytest.raises(ComparisonError, match=words):
         read_comparison(path)
+
+
+@pytest.mark.parametrize("odd", [{"views_per_batch": 65}, {"views_per_caption": 3}])
+def test_a_budget_that_rows_cannot_share_is_refused(odd):
+    fields = FIELDS | {"budget": FIELDS["budget"] | odd}
+    with pytest.raises(ValueError, match="must be a multiple of 2"):
+        Comparison.model_validate(fields)
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):
