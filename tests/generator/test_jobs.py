@@ -326,7 +326,7 @@ def test_a_full_disk_is_no_prompt_s_fault(
 
     stack.accept(PROMPTS)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "writev", refuse)
+        patched.setattr(os, "write", refuse)
         with pytest.raises(OSError, match="no space"):
             run(stack, bench, chunk())
     assert stack.records() == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -27,6 +29,17 @@ GROUPS = {
     f"{i:032x}": [(f"{i:032x}-{k}.jpg", bytes([i, k]) * (500 + 7 * k)) for k in range(2)]
     for i in range(3)
 }
+# Several times what one write takes.
+LARGE = {
+    "a": [("a-0.jpg", bytes(range(256)) * 12_000), ("a-1.jpg", b"1" * ((1 << 20) - 512))],
+    "b": [("b-0.jpg", b"2" * 700_001)],
+    "c": [("c-0.jpg", b"3" * 1_500_000), ("c-0.json", b"{}")],
+}
+
+
+def joined(groups: dict[str, list[tuple[str, bytes]]]) -> bytes:
+    members = [member for group in groups.values() for member in group]
+    return b"".join(part for member in members for part in tar_member(*member)) + bytes(1024)
 
 
 def write(folder: Path, groups: dict[str, list[tuple[str, bytes]]]) -> tuple[WrittenShard, bytes]:
@@ -83,12 +96,67 @@ def test_without_leaves_out_the_named_groups_and_keeps_order(tmp_path: Path) -> 
             assert fewer.finish().path.read_bytes() == write(tmp_path, rest)[1]
 
 
-def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, expected = write(tmp_path, GROUPS)
-    monkeypatch.setattr(os, "writev", lambda fd, parts: os.write(fd, b"".join(parts)[:700]))
-    written, data = write(tmp_path, GROUPS)
-    assert data == expected
+def test_a_shard_of_many_pieces_is_whole(tmp_path: Path) -> None:
+    written, data = write(tmp_path, LARGE)
+    assert data == joined(LARGE)
     assert written.sha256 == hashlib.sha256(data).hexdigest()
+    with ShardWriter(tmp_path) as writer:
+        for gid, members in LARGE.items():
+            writer.add_group(gid, members)
+        with writer.without({"b"}) as fewer:
+            rest = {gid: LARGE[gid] for gid in ("a", "c")}
+            assert fewer.finish().path.read_bytes() == joined(rest)
+
+
+@pytest.mark.parametrize("most", [700, 4096, 300_000])
+def test_a_short_write_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    write_all = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write_all(fd, data[:most]))
+    written, data = write(tmp_path, LARGE)
+    assert data == joined(LARGE)
+    assert written.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("call", ["fcntl", "write"])
+def test_a_file_system_without_writes_past_the_cache_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    write_all, control = os.write, fcntl.fcntl
+
+    def refuse_at_write(fd: int, data: memoryview) -> int:
+        if control(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "invalid argument")
+        return write_all(fd, data)
+
+    def refuse_at_once(fd: int, command: int, flags: int = 0) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "invalid argument")
+        return control(fd, command, flags)
+
+    if call == "write":
+        monkeypatch.setattr(os, "write", refuse_at_write)
+    else:
+        monkeypatch.setattr(fcntl, "fcntl", refuse_at_once)
+    assert write(tmp_path, LARGE)[1] == joined(LARGE)
+
+
+@pytest.mark.parametrize("groups", [GROUPS, LARGE])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EINVAL])
+def test_what_the_disk_refuses_is_raised(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: dict[str, list[tuple[str, bytes]]],
+    code: int,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(code, "refused")
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(OSError, match="refused"):
+        write(tmp_path, groups)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_abandoned_shard_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """Samples in, one sealed tar out: the same samples give the same bytes, anywhere, at any time.
 
-Plain ustar with our own headers: no time, user or host, and a group is one write. The file is
+Plain ustar with our own headers: no time, user or host. Whole pieces are hashed and written past
+the page cache, which takes less processor time even where the shard is read at once. The file is
 written aside; `publish_shard` gives it its name, and only the commit log makes it exist.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import io
+import mmap
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -25,7 +30,7 @@ Member = tuple[str, bytes]  # name, content
 _BLOCK = 512
 _NAME_BYTES = 100
 _MAX_MEMBER_BYTES = 8**11 - 1
-_MAX_PARTS = 1024  # of one writev
+_PIECE_BYTES = 1 << 20  # of one write; in whole pages, as writing past the cache demands
 _MODE_AND_OWNER = b"0000644\0" + 2 * b"0000000\0"
 _TIME = b"\x0000000000000\0"  # after the size's end
 _KIND_AND_MAGIC = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")
@@ -50,8 +55,12 @@ class ShardWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._piece = memoryview(mmap.mmap(-1, _PIECE_BYTES))  # begins at a page
+        self._piece_bytes = 0  # of it that are not yet in the file
         self._path = temporary_path(folder, "shard.tar")
         self._descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        with contextlib.suppress(OSError):  # some file systems know no other way
+            _pass_cache(self._descriptor, True)
         self._digest = hashlib.sha256()
         self._spans: dict[str, tuple[int, int]] = {}
         self._num_bytes = 0
@@ -74,40 +83,73 @@ class ShardWriter:
         return list(self._spans)
 
     def add_group(self, gid: str, members: Sequence[Member]) -> None:
-        """Append the members of a group, in order; raises OSError when the disk is full."""
-        start = self._num_bytes
-        self._write([part for name, content in members for part in tar_member(name, content)])
-        self._spans[gid] = (start, self._num_bytes - start)
+        """Append the members of a group, in order; raises OSError when the disk is full.
+
+        The last groups may reach the disk, and find it full, as late as in `finish`.
+        """
+        parts = [part for name, content in members for part in tar_member(name, content)]
+        self._add(gid, b"".join(parts))
         failpoint("group-written")
 
     def finish(self) -> WrittenShard:
         """End the tar and flush it to disk; nothing can be added afterwards."""
+        self._write_piece()
         failpoint("shard-half-written")
-        self._write([_END])
+        self._append(_END)
+        self._write_piece()
         os.fsync(self._descriptor)
         failpoint("shard-written")
         return WrittenShard(self._path, self._digest.hexdigest(), self._num_bytes)
 
     def without(self, gids: Collection[str]) -> ShardWriter:
         """A new writer that holds the groups of this one except `gids`."""
+        self._write_piece()
         other = ShardWriter(self._folder)
         for gid, (start, length) in self._spans.items():
             if gid not in gids:
-                other._spans[gid] = (other._num_bytes, length)
-                other._write([os.pread(self._descriptor, length, start)])
+                other._add(gid, os.pread(self._descriptor, length, start))
         return other
 
-    def _write(self, parts: Sequence[bytes]) -> None:
-        for start in range(0, len(parts), _MAX_PARTS):
-            some = parts[start : start + _MAX_PARTS]
-            written = os.writev(self._descriptor, some)
-            if written < sum(map(len, some)):
-                left = memoryview(b"".join(some))[written:]
-                while left:
-                    left = left[os.write(self._descriptor, left) :]
-        for part in parts:
-            self._digest.update(part)
-            self._num_bytes += len(part)
+    def _add(self, gid: str, data: bytes) -> None:
+        self._spans[gid] = (self._num_bytes, len(data))
+        self._append(data)
+
+    def _append(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            start = self._piece_bytes
+            some = left[: _PIECE_BYTES - start]
+            self._piece[start : start + len(some)] = some
+            self._piece_bytes += len(some)
+            if self._piece_bytes == _PIECE_BYTES:
+                self._write_piece()
+            left = left[len(some) :]
+        self._num_bytes += len(data)
+
+    def _write_piece(self) -> None:
+        """Write what is collected; from the first piece that is not full on, through the cache."""
+        left = self._piece[: self._piece_bytes]
+        self._digest.update(left)
+        if len(left) < _PIECE_BYTES:
+            _pass_cache(self._descriptor, False)
+        while left:
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _passes_cache(self._descriptor):
+                    raise
+                _pass_cache(self._descriptor, False)  # not from here, or not on this file system
+        self._piece_bytes = 0
+
+
+def _passes_cache(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def _pass_cache(descriptor: int, wanted: bool) -> None:
+    """Have writes go past the page cache or not; OSError where the file system cannot."""
+    others = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, others | (os.O_DIRECT if wanted else 0))
 
 
 def tar_member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
