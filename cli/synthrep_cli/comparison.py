@@ -177,11 +177,22 @@ def _follow(
 def results_of(
     config: Comparison, names: dict[str, str], sets: Sequence[str], rows: Sequence[ResultRow]
 ) -> list[ResultRow]:
-    """Those of all results that belong to this comparison."""
+    """Those of all results that belong to this comparison.
+
+    Raises ComparisonError where some are of other test images than the rest: a set was replaced.
+    """
     keys = {
         (config.key(row, seed, dataset=names[row]), row)
         for row in config.trained_rows
         for seed in config.seeds
     } | {(config.baseline_key(b, s), b) for b in BASELINES if b in config.rows
          for s in config.seeds}  # fmt: skip
-    return [r for r in rows if (r.key, r.row) in keys and r.dataset in sets]
+    found = [r for r in rows if (r.key, r.row) in keys and r.dataset in sets]
+    class_sizes = {r.dataset: r.class_sizes for r in found}
+    for r in found:
+        if r.class_sizes != class_sizes[r.dataset]:
+            raise ComparisonError(
+                f"{r.dataset} has other test images than when {r.row}, seed {r.seed}, was judged; "
+                "remove its older lines from the file of results, or name another by --rows"
+            )
+    return found

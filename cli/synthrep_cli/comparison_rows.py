@@ -57,7 +57,7 @@ def read_rows(path: Path) -> list[ResultRow]:
     if not path.exists():
         return []
     rows: dict[tuple[str, str, str], ResultRow] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = ResultRow.model_validate(json.loads(line))
         except (ValueError, ValidationError):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from synthrep_cli import comparison
 from synthrep_cli.comparison import Places, run_comparison
-from synthrep_cli.comparison_config import Comparison
+from synthrep_cli.comparison_config import Comparison, ComparisonError
 from synthrep_cli.comparison_report import write_reports
 from synthrep_cli.comparison_rows import read_rows
 from synthrep_cli.main import app
@@ -170,6 +170,15 @@ def test_what_has_lines_is_not_done_again_and_new_seeds_are_added(services, plac
     assert places.rows.read_bytes().startswith(before)
     assert [r.row for r in done.rows].count("pixels") == 1  # the same for every seed
     assert [r.row for r in done.rows].count("random-init") == 2
+
+
+def test_results_on_other_test_images_are_not_mixed(services, places):
+    compare(places)
+    lines = places.rows.read_text().splitlines()
+    smaller = json.loads(lines[0]) | {"n_test": 8, "class_sizes": [4, 4], "hits": "ff"}
+    places.rows.write_text("\n".join([json.dumps(smaller), *lines[1:]]) + "\n")
+    with pytest.raises(ComparisonError, match="birds has other test images than when stablerep"):
+        compare(places)
 
 
 def test_a_comparison_killed_between_two_runs_goes_on(services, places):

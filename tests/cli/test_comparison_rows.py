@@ -22,7 +22,7 @@ def test_rows_come_back_and_the_last_of_a_kind_holds(tmp_path):
 def test_a_torn_line_is_no_result_and_spoils_no_other(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_rows(path, [result("digits"), result("emoji")])
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[:-20] + b"\xff\0")
     assert [r.dataset for r in read_rows(path)] == ["digits"]
     append_rows(path, [result("fashion")])
     assert [r.dataset for r in read_rows(path)] == ["digits", "fashion"]
