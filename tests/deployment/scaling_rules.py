@@ -11,7 +11,15 @@ from synthrep_generator.routes_service import router
 from synthrep_generator.settings import GeneratorSettings
 from synthrep_shared.messages import QueueView, ScaleView
 from synthrep_trainer.settings import TrainerSettings
-from tests.deployment.render import Document, environment, of_kind, pod_template, pods, title
+from tests.deployment.render import (
+    Document,
+    environment,
+    kustomize,
+    of_kind,
+    pod_template,
+    pods,
+    title,
+)
 
 _FIGURES = {"/v1/scale": ScaleView, "/v1/queue": QueueView}
 _CALM_S = 300
@@ -127,11 +135,12 @@ def scaled_jobs(documents: Sequence[Document]) -> Iterator[str]:
 
 
 def quotas(documents: Sequence[Document]) -> Iterator[str]:
-    """The namespace's quota admits every pool at its largest."""
+    """The namespace's quota admits every pool at its largest, and a training over hosts beside."""
     largest = {d["spec"]["scaleTargetRef"]["name"]: d["spec"]["maxReplicaCount"]
                for d in of_kind(documents, "ScaledObject")}  # fmt: skip
     wanted: dict[str, Fraction] = {}
-    for document in documents:
+    trainings = kustomize("training/job") if largest else []
+    for document in (*documents, *trainings):
         template = pod_template(document)
         if template is None:
             continue
