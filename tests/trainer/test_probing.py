@@ -148,9 +148,10 @@ def test_classes_bear_the_names_of_the_set(dataset):
         ([0] * 9, [0], "one\n", "train has one class only"),
         ([0, 1] * 9, [0, 2], None, "test has class index 2, which train has not"),
         ([0, 2] * 9, [0, 1], None, "test has class index 1, which train has not"),
-        ([0, 1, 2] * 9, [0], "a\nb\n", "class index 2, classes.txt names 2"),
+        ([0, 1, 2] * 9, [0], "a\nb\n", "class index 2, the set names 2"),
         ([0, 2] * 9, [0], "a\nb\nc\n", "train has no image of class 1, 'b'"),
         ([0, 1, 2], [0], None, "one image a class"),
+        ([0, 200] * 9, [0], None, "class index 200 and 18 images"),
     ],
 )
 def test_labels_that_contradict_each_other_are_refused(tmp_path, train, test, names, words):
@@ -160,6 +161,18 @@ def test_labels_that_contradict_each_other_are_refused(tmp_path, train, test, na
         (tmp_path / "classes.txt").write_text(names)
     with pytest.raises(ProbeDataError, match=words):
         run(ProbeDataset("x", tmp_path), extract=guess, baselines={})
+
+
+def test_a_class_below_the_first_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for image in ("cat_1", "cat_2", "dog_1", "dog_2"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{image}.jpg")
+    lines = "cat_1 0 1 1\ncat_2 0 1 1\ndog_1 2 2 1\ndog_2 2 2 1\n"
+    for part in ("trainval", "test"):
+        (tmp_path / "annotations" / f"{part}.txt").write_text(lines)
+    with pytest.raises(ProbeDataError, match="train has class index -1"):
+        run(ProbeDataset("pets", tmp_path, "pets"), extract=guess, baselines={})
 
 
 def test_a_class_that_only_val_has_is_refused(dataset):

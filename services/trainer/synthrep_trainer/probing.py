@@ -235,12 +235,15 @@ def _class_names(session: ProbeSession, parts: Sequence[SplitFeatures]) -> tuple
     if labels.ndim > 1:
         assert known is not None, "sets of several labels name their classes"
         return known
+    if known is None and labels.max() > len(labels):  # counted from 0, or from 1
+        raise ProbeDataError(f"{where} has class index {labels.max()} and {len(labels)} images")
     names = known or tuple(str(i) for i in range(int(labels.max()) + 1))
     if len(names) < 2 or (labels == labels[0]).all():
         raise ProbeDataError(f"{where} has one class only, at least two are needed")
-    if labels.max() >= len(names):
+    strange = labels[(labels < 0) | (labels >= len(names))]
+    if len(strange):
         raise ProbeDataError(
-            f"{where} has class index {labels.max()}, classes.txt names {len(names)} classes"
+            f"{where} has class index {strange[0]}, the set names {len(names)} classes"
         )
     if known is not None:
         absent = sorted(set(range(len(names))) - set(labels.tolist()))
