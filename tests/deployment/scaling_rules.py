@@ -23,6 +23,7 @@ from tests.deployment.render import (
 
 _FIGURES = {"/v1/scale": ScaleView, "/v1/queue": QueueView}
 _CALM_S = 300
+_DEPARTURE_S = 5
 _UNITS = {"": 1, "m": Fraction(1, 1000), "Mi": 1 << 20, "Gi": 1 << 30}
 
 
@@ -42,6 +43,17 @@ def grace(documents: Sequence[Document]) -> Iterator[str]:
             limit_s = float(found.get("SYNTHREP_TRAINER_GRACE_S", default))
             if given_s <= limit_s:
                 yield f"{name}: a grace of {given_s} s is no longer than a checkpoint's {limit_s:g}"
+
+
+def departures(documents: Sequence[Document]) -> Iterator[str]:
+    """What a Service leads to goes on listening until the Service knows that it leaves."""
+    for document in of_kind(documents, "Deployment"):
+        template = document["spec"]["template"]
+        container = template["spec"]["containers"][0]
+        hook = container.get("lifecycle", {}).get("preStop", {})
+        is_asked = any(port["name"] == "http" for port in container.get("ports", ()))
+        if is_asked and hook.get("sleep", {}).get("seconds", 0) < _DEPARTURE_S:
+            yield f"{title(document)}: a rollout refuses requests"
 
 
 def _default(field: str) -> float:

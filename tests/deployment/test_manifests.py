@@ -32,6 +32,7 @@ RULES: tuple[Callable[[Sequence[Document]], Iterator[str]], ...] = (
     pod_rules.figures,
     pod_rules.selectors,
     scaling_rules.grace,
+    scaling_rules.departures,
     scaling_rules.gpu_pools,
     scaling_rules.triggers,
     scaling_rules.scaled_objects,
@@ -196,6 +197,9 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
     "pools that ask for all the work each": (
         "prod", lambda d: d["ScaledObject/generator-worker-l4"]["spec"]["triggers"][0]["metadata"]
         .update(targetValue="1"), "pools together"),
+    "an API that stops listening at once": (
+        "prod", lambda d: _container("Deployment/trainer-api")(d).pop("lifecycle"),
+        "refuses requests"),
     "a fast scale-down": (
         "prod", lambda d: d["ScaledObject/generator-worker-l4"]["spec"]["advanced"]
         ["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
