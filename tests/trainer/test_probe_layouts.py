@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import scipy.io
@@ -295,3 +297,23 @@ def test_a_fingerprint_changes_with_the_files_of_its_split(find, name):
         stream.write(b"more")
     assert fingerprint(dataset, "train") == before[0]
     assert fingerprint(dataset, "test") != before[1]
+
+
+def test_a_fingerprint_changes_where_the_time_of_a_file_was_set_back(find):
+    dataset = find("food101")
+    before, path = fingerprint(dataset, "test"), dataset.folder / "images/soup/2.jpg"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # until the kernel's clock has ticked
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprint(dataset, "test") != before
+
+
+def test_names_that_are_no_text_are_read_as_files_and_refused_as_classes(folders):
+    cat = folders.folder / "train" / "cat"
+    (cat / "1.png").rename(cat / os.fsdecode(b"\xff.png"))
+    assert len(fingerprint(folders, "train")) == 64
+    cat.rename(cat.with_name(os.fsdecode(b"\xff")))
+    with pytest.raises(ProbeDataError, match="is no text"):
+        class_names(folders)

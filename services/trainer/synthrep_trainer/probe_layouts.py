@@ -86,6 +86,9 @@ def _folders(parent: Path) -> tuple[str, ...]:
         raise ProbeDataError(f"{parent}: {error}") from error
     if not names:
         raise ProbeDataError(f"{parent} holds no class folder")
+    for name in names:
+        if name.encode(errors="ignore").decode() != name:  # bytes that are no UTF-8
+            raise ProbeDataError(f"{parent}: the name {name!r} of a class is no text")
     return names
 
 

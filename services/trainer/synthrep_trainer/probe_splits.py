@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +67,18 @@ def class_names(dataset: ProbeDataset) -> tuple[str, ...] | None:
 
 
 def fingerprint(dataset: ProbeDataset, split: Split) -> str:
-    """Changes when a file of the split is replaced: a hash of their names, sizes and times."""
+    """Changes when a file of the split is replaced: a hash of their names, sizes and times.
+
+    Among these is the time of the last change of the inode, which no copy sets back.
+    """
     digest = hashlib.sha256(f"{dataset.name}/{dataset.layout}/{split}".encode())
     for path, label in _files(dataset, split):
         try:
             status = path.stat()
         except OSError as error:
             raise ProbeDataError(f"{path}: {error}") from error
-        digest.update(f"{path}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        digest.update(os.fsencode(f"{path}\0{label}\0{status.st_size}\0{times}\n"))
     return digest.hexdigest()
 
 
