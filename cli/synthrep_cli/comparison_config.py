@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from synthrep_shared.errors import SynthRepError
 from synthrep_shared.messages import RunRequest
@@ -60,6 +60,14 @@ class RealWorld(_Part):
     """At most so many, spread evenly over the archive."""
     templates: tuple[str, ...] = Field(default=("a photo of a {}",), min_length=1)
     """Captions of real images; {} is the class, and each image takes one of them."""
+
+    @field_validator("templates")
+    @classmethod
+    def _take_a_class(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "{}" not in template or set("{}") & set(template.replace("{}", "", 1)):
+                raise ValueError(f"{template!r} must have one {{}}, for the class")
+        return templates
 
 
 class Budget(_Part):

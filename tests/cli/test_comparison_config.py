@@ -71,6 +71,8 @@ def test_the_name_of_generated_images_says_what_they_are():
         ({"ablations": {"g": {"guidance": 3}}}, r"ablations\.g: generated\.guidance"),
         ({"training": {"image_sice": 32}}, "image_sice"),
         ({"seeds": [0, -1]}, "seed"),
+        ({"real": {"templates": ["a {}", "{x}"]}}, "must have one {}"),
+        ({"real": {"templates": ["a {} and a {}"]}}, "must have one {}"),
         ({"tuned": {"stablerep": {"image_size": 64}}, "tuning_trials": 1}, "tuned must leave"),
         ({"ablations": {"g": {"rows": 3}}}, r"ablations\.g: rows: a list"),
     ],
