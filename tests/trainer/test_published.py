@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import zipfile
 
 import pytest
 import timm
@@ -152,6 +153,7 @@ def broken(model, **changes):
         (lambda model: {"model": 3}, "neither 'model' nor 'state_dict'"),
         (lambda model: {"model": {"fc.weight": torch.zeros(2)}}, "no 'visual.cls_token'"),
         (lambda model: broken(model, pos_embed=None), "no ViT with patches and positions"),
+        (lambda model: broken(model, pos_embed=3), "no ViT with patches and positions"),
         (lambda model: broken(model, **{"norm.bias": None}), r"Missing key.*norm\.bias"),
         (lambda model: broken(model, **{"norm.bias": torch.zeros(3)}), "size mismatch"),
         (lambda model: broken(model, **{"norm.bias": torch.full((384,), torch.nan)}), "no numbers"),
@@ -164,6 +166,19 @@ def broken(model, **changes):
 def test_a_file_that_holds_no_published_encoder_says_why(model, tmp_path, make, words):
     torch.save(make(model), tmp_path / "odd.pth")
     with pytest.raises(PublishedFileError, match=r"(?s)odd\.pth.*" + words):
+        read_published(tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02h\x05.", b"\x80\x02)R.", b"\x80\x02K\x01Q."])
+def test_a_damaged_pickle_is_refused(tmp_path, pickled):
+    torch.save({}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "odd.pth", "w") as odd,
+    ):
+        for name in whole.namelist():
+            odd.writestr(name, pickled if name.endswith("data.pkl") else whole.read(name))
+    with pytest.raises(PublishedFileError, match="cannot be read safely"):
         read_published(tmp_path / "odd.pth")
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -122,7 +121,9 @@ def _load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, so that the optimizer's part, two thirds of the file, is never read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler meets a damaged pickle with any of them
         first_line = str(error).strip().partition("\n")[0]
         raise PublishedFileError(f"{path} cannot be read safely: {first_line}") from error
     if not isinstance(content, dict):
@@ -140,6 +141,7 @@ def _backbone(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             return {
                 name.removeprefix(prefix): tensor.float()
                 for name, tensor in weights.items()
+                if isinstance(name, str) and isinstance(tensor, Tensor)
                 if name.startswith(prefix) and not name.startswith(f"{prefix}{_CLASSIFIER}")
             }
     raise PublishedFileError(f"{path} holds no ViT: there is no 'visual.cls_token'")
