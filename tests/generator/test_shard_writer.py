@@ -64,8 +64,9 @@ def test_tarfile_reads_what_was_written(
     assert found == members
 
 
-def test_a_header_is_the_one_that_tarfile_writes() -> None:
-    info = tarfile.TarInfo("0" * 32 + "-11.jpg")
+@pytest.mark.parametrize("name", ["0" * 32 + "-11.jpg", "~" * 99, "a"])
+def test_a_header_is_the_one_that_tarfile_writes(name: str) -> None:
+    info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = 1234, 0o644, 0
     header, content, padding = tar_member(info.name, bytes(1234))
     assert header == info.tobuf(tarfile.USTAR_FORMAT)

@@ -14,6 +14,7 @@ import hashlib
 import io
 import mmap
 import os
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,10 @@ _BLOCK = 512
 _NAME_BYTES = 100
 _MAX_MEMBER_BYTES = 8**11 - 1
 _PIECE_BYTES = 1 << 20  # of one write; in whole pages, as writing past the cache demands
-_MODE_AND_OWNER = b"0000644\0" + 2 * b"0000000\0"
-_TIME = b"\x0000000000000\0"  # after the size's end
+_MODE_TO_TIME = b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" + b"00000000000\0"  # around the size
 _KIND_AND_MAGIC = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")
 # The checksum counts its own eight bytes as blanks.
-_BLANK_SUM = sum(_MODE_AND_OWNER) + sum(_TIME) + sum(_KIND_AND_MAGIC) + 8 * ord(" ")
+_FIXED_SUM = sum(_KIND_AND_MAGIC) + 8 * ord(" ")
 _PADDING = bytes(_BLOCK)
 _END = bytes(2 * _BLOCK)
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -157,10 +157,12 @@ def tar_member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
     encoded = name.encode("ascii")
     if len(encoded) >= _NAME_BYTES or len(content) > _MAX_MEMBER_BYTES:
         raise ValueError(f"does not fit a ustar header: {name[:120]!r}, {len(content)} bytes")
-    size = b"%011o" % len(content)
-    checksum = b"%06o\0 " % (_BLANK_SUM + sum(encoded) + sum(size))
+    mode_to_time = _MODE_TO_TIME % len(content)
+    # The low half of an Adler-32 is one more than the sum of so few bytes.
+    varying_sum = (zlib.adler32(mode_to_time, zlib.adler32(encoded)) & 0xFFFF) - 1
+    checksum = b"%06o\0 " % (_FIXED_SUM + varying_sum)
     name_field = encoded.ljust(_NAME_BYTES, b"\0")
-    header = b"".join((name_field, _MODE_AND_OWNER, size, _TIME, checksum, _KIND_AND_MAGIC))
+    header = b"".join((name_field, mode_to_time, checksum, _KIND_AND_MAGIC))
     return header, content, _PADDING[: -len(content) % _BLOCK]
 
 
