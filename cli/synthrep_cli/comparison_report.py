@@ -17,14 +17,17 @@ from synthrep_cli.report import PAGE_STYLE, svg
 from synthrep_shared.storage import publish_bytes
 
 _WORLDS = {
-    "photos": "Real rows train on photos.",
+    "photos": "Real rows train on photos. Where these come from the train part of a set that rows "
+    "are judged on, as CIFAR-10's do, real rows have seen its images, CLIP with the classes as "
+    "captions; a generator that learned from the same photos passes them on.",
     "drawings": "The real world here is drawings, digits and clothes: the train parts of labelled "
     "sets that travel with the project. The real rows have so seen, without labels, images of the "
     "very sets that rows are judged on; the generated rows have not.",
     "": "",
 }
 _TEST = (
-    "Accuracy of a linear classifier on frozen features, its strength chosen on a validation part. "
+    "Accuracy of a linear classifier on frozen features, its strength chosen on a validation part; "
+    "its mean over classes where a set is published so, which report.json says. "
     "In brackets the 95 % interval of the mean over seeds: a bootstrap over seeds and test images, "
     f"{NUM_RESAMPLES} resamples; of one seed, over test images alone. Bold: best, and the same "
     "bootstrap of the difference to the second-best row, paired over seeds and test images, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -243,6 +244,13 @@ def test_what_goes_against_the_method_is_said(services, places, monkeypatch, bet
     text = (places.folder / "report.md").read_text()
     assert ("Against the method: stablerep is not above raw pixels (birds)" in text) is is_against
     assert ("another row on 1 (birds)" in text) is is_against
+
+
+def test_what_rows_have_seen_of_the_sets_is_said(services, places):
+    done = compare(places)
+    for world, words in (("photos", "CLIP with the classes as"), ("drawings", "of the very sets")):
+        write_reports([dataclasses.replace(done, world=world)], places.folder)
+        assert words in (places.folder / "report.md").read_text()
 
 
 def test_the_command_takes_a_file_and_fails_if_a_run_failed(services, tmp_path):
