@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.deployment.compose_rules import wiring
 from tests.deployment.pod_rules import SERVICES
 from tests.deployment.render import PROFILES, REPOSITORY, compose, tool
 
@@ -164,3 +165,41 @@ def test_no_image_of_others_takes_a_fresh_volume_from_the_user(services):
     assert {name for name, _ in mounts} == {"redis", "s3", "prometheus", "grafana"}
     for name, mount in mounts:
         assert mount["volume"].get("nocopy") is True, name
+
+
+@pytest.mark.parametrize("root", ["", "s3://synthrep/data"])
+def test_services_fit_together(root):
+    assert list(wiring(compose(PROFILES, SYNTHREP_ROOT=root)["services"])) == []
+
+
+def _remove(services: dict[str, Any], name: str, key: str, value: str) -> None:
+    services[name][key] = [v for v in services[name][key] if value not in str(v)]
+
+
+@pytest.mark.parametrize(
+    ("mutate", "words"),
+    [
+        (lambda s: _remove(s, "generator-worker", "volumes", "/data"), "nothing can be written"),
+        (lambda s: _remove(s, "trainer", "tmpfs", "/tmp"), "HEARTBEAT is"),
+        (lambda s: s["trainer-api"]["healthcheck"].update(
+            test=["CMD", "http://127.0.0.1:8081/readyz"]), "asks 8081"),
+        (lambda s: s["generator-api"]["healthcheck"].update(
+            test=["CMD", "http://127.0.0.1:8000/ready"]), "asks 8000/ready"),
+        (lambda s: s["trainer"]["environment"].update(SYNTHREP_TRAINER_HEARTBEAT="/tmp/beat"),
+         "does not look at /tmp/beat"),
+        (lambda s: s["trainer"]["environment"].update(SYNTHREP_TRAINER_ROOT="/tmp/data"),
+         "services look for data sets in"),
+        (lambda s: s["trainer"]["environment"].pop("AWS_ENDPOINT_URL"), "is not told AWS_ENDPOINT"),
+        (lambda s: s["generator-worker"]["networks"].pop("back"), "cannot reach redis"),
+        (lambda s: s["trainer"]["networks"].pop("store"), "cannot reach the object store"),
+        (lambda s: s["trainer-api"]["environment"].update(
+            SYNTHREP_TRAINER_GENERATOR_URL="http://generator:8000"), "nothing answers at"),
+        (lambda s: s["redis"]["command"].remove("noeviction"), "would lose work"),
+        (lambda s: s["redis"]["command"].remove("yes"), "would lose work"),
+    ],
+)  # fmt: skip
+def test_services_that_do_not_fit_are_refused(mutate, words):
+    services = compose(PROFILES)["services"]
+    mutate(services)
+    found = list(wiring(services))
+    assert any(words in finding for finding in found), found
