@@ -112,10 +112,14 @@ def references(documents: Sequence[Document]) -> Iterator[str]:
             wanted.add(("PriorityClass", spec["priorityClassName"]))
         mounted = {m["name"] for c in spec["containers"] for m in c.get("volumeMounts", ())}
         volumes = {v["name"]: v for v in spec.get("volumes", ())}
-        if name.startswith("StatefulSet/"):
-            mounted -= {"data"}  # of the claim template
-        if mounted != volumes.keys():
-            yield f"{name}: volumes and mounts differ: {sorted(mounted ^ volumes.keys())}"
+        given = volumes.keys() | {
+            claim["metadata"]["name"]
+            for stateful in of_kind(documents, "StatefulSet")
+            if title(stateful) == name
+            for claim in stateful["spec"]["volumeClaimTemplates"]
+        }
+        if mounted != given:
+            yield f"{name}: volumes and mounts differ: {sorted(mounted ^ given)}"
         for volume in volumes.values():
             if claim := volume.get("persistentVolumeClaim"):
                 wanted.add(("PersistentVolumeClaim", claim["claimName"]))

@@ -211,6 +211,9 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
     "a quota below the pools": (
         "prod", lambda d: d["ResourceQuota/synthrep"]["spec"]["hard"].update(
             {"requests.nvidia.com/gpu": "8"}), "admits less"),
+    "a claim that is mounted nowhere": (
+        "gpu", lambda d: d["StatefulSet/redis"]["spec"]["volumeClaimTemplates"][0][
+            "metadata"].update(name="aof"), "mounts differ"),
     "a volume that is not there": (
         "gpu", lambda d: d.pop("PersistentVolumeClaim/data"), "no PersistentVolumeClaim data"),
     "an API that is gone while Redis is": (

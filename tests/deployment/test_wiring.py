@@ -95,6 +95,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[Documents], object], str]] = {
     "no volume for runs": ("overlays/gpu", _without("runs", TRAINER), "nothing can be written"),
     "no volume for heartbeats": ("overlays/gpu", _without("tmp", TRAINER), "HEARTBEAT is"),
     "no volume for data": ("overlays/gpu", _without("data", L4), "nothing can be written"),
+    "no shared memory": ("overlays/gpu", _without("shm", TRAINER), "no shared memory"),
     "no volume for secrets": ("overlays/gpu", _without("secrets", L4), "not mounted"),
     "models that cannot be written": (
         "overlays/gpu", lambda d: [m.update(readOnly=True) for m in

@@ -26,6 +26,7 @@ _OTHERS = {"TMPDIR", "AWS_REGION", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE", "HF_TOK
 _SECRET = re.compile("password|secret|token|_keys?$", re.IGNORECASE)
 _FOLDERS = ("ROOT", "RUNS", "MODEL_CACHE", "BATCH_SIZES", "HEARTBEAT", "TMPDIR")
 _PULLS = ("generator-worker", "models-pull")  # who writes models
+_TORCH = ("generator-worker", "trainer", "training")
 _TOLERANCE_S = 60
 
 
@@ -106,6 +107,8 @@ def folders(documents: Sequence[Document]) -> Iterator[str]:
             above = {str(path) for path in (PurePosixPath(value), *PurePosixPath(value).parents)}
             if not any(m["mountPath"] in above and not m.get("readOnly") for m in mounts):
                 yield f"{name}: {variable} is {value}, where nothing can be written"
+        if component(template) in _TORCH and not any(m["mountPath"] == "/dev/shm" for m in mounts):
+            yield f"{name}: torch has no shared memory"
         if files and not spec["securityContext"].get("fsGroup"):
             yield f"{name}: its user cannot read the files of secrets without fsGroup"
         if spec.get("hostNetwork") or any("hostPath" in v for v in volumes.values()):
@@ -138,7 +141,7 @@ def names(documents: Sequence[Document]) -> Iterator[str]:
             yield f"{name}: there is no {' '.join(command)}"
         if component(template) == "redis" and not ({"noeviction", "--appendonly"} <= set(command)):
             yield f"{name}: would lose work"
-        if component(template) in ("generator-worker", "trainer", "training") and not any(
+        if component(template) in _TORCH and not any(
             e["name"].endswith("_THREADS") for e in container.get("env", ())
         ):
             yield f"{name}: torch would count the CPUs of the node"
