@@ -334,6 +334,13 @@ def test_what_was_extracted_before_is_not_extracted_again(remembered):
     assert seen == (0, 0, 160)  # pixels were given no identity here
 
 
+def test_a_score_that_another_version_left_is_computed_anew(remembered, tmp_path):
+    first, _ = remembered()
+    (note,) = (tmp_path / "cache").glob("*.json")
+    note.write_text('{"accuracy": 0.5}')
+    assert remembered()[0] == first
+
+
 def test_another_checkpoint_is_extracted_beside_the_same_baselines(remembered):
     first, _ = remembered()
     second, seen = remembered(trained="t/2")

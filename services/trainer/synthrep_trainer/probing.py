@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 
 from synthrep_trainer.linear_head import LinearHead
 from synthrep_trainer.probe_data import Metric, ProbeDataError, ProbeDataset, Split
@@ -162,9 +164,8 @@ def _known_scores(
     for name in baselines if memory is not None else ():
         assert memory is not None
         key = memory.score_key(name, dataset, *judged_by)
-        found = memory.cache.note(key) if key is not None else None
-        if found is not None:
-            known[name] = Score.model_validate(found)
+        with suppress(ValidationError):  # none is there, or one of another version
+            known[name] = Score.model_validate(memory.cache.note(key) if key else None)
     return known
 
 
