@@ -85,7 +85,8 @@ def _tiny() -> dict[str, ModelConfig]:
             scheduler="dpm++",
             generate_px=32,
             store_px=32,
-            device_batch_images=80,
+            device_batch_images=40,
+            channels_last=True,
             licence="see the model card",
         )
     }
