@@ -32,6 +32,7 @@ _BLOCK = 512
 _NAME_BYTES = 100
 _MAX_MEMBER_BYTES = 8**11 - 1
 _PIECE_BYTES = 1 << 20  # of one write; in whole pages, as writing past the cache demands
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 _MODE_TO_TIME = b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" + b"00000000000\0"  # around the size
 _KIND_AND_MAGIC = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")
 # The checksum counts its own eight bytes as blanks.
@@ -143,13 +144,13 @@ class ShardWriter:
 
 
 def _passes_cache(descriptor: int) -> bool:
-    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & _O_DIRECT)
 
 
 def _pass_cache(descriptor: int, wanted: bool) -> None:
     """Have writes go past the page cache or not; OSError where the file system cannot."""
-    others = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, others | (os.O_DIRECT if wanted else 0))
+    others = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_O_DIRECT
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, others | (_O_DIRECT if wanted else 0))
 
 
 def tar_member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
