@@ -71,7 +71,8 @@ def verify(stack: Any, failed: set[tuple[str, int]] = frozenset()) -> None:  # t
             seed = image_seed(gid, k, request_seed=None, index=0)
             assert (metadata["caption"], metadata["seed"]) == (prompt, seed)
             pixels = np.asarray(Image.open(io.BytesIO(files[f"{gid}-{k}.png"])))
-            assert np.array_equal(pixels, paint(ImageTask(prompt, seed), 16))
+            side = stack.settings.models["tiny"].store_px
+            assert np.array_equal(pixels, paint(ImageTask(prompt, seed), side))
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_a_killed_device_process_fails_no_prompt(make: Make) -> None:
 
 
 def is_writing(stack: Any) -> bool:
-    """Whether a job has written a group of its shard."""
+    """Whether a job has written groups of its shard, a megabyte of them."""
     try:
         return any(file.stat().st_size for file in stack.paths.temporary.iterdir())
     except FileNotFoundError:
@@ -245,7 +246,8 @@ def test_a_device_that_fails_at_everything_ends_its_worker_and_fails_no_prompt(m
 
 
 def test_sigterm_seals_what_is_done_and_gives_the_rest_back(make: Make) -> None:
-    stack = make(fake_delay_s=0.1, job_images=400, lease_s=60.0)
+    large = {"path": "absent", "generate_px": 1024, "store_px": 1024, "device_batch_images": 4}
+    stack = make(fake_delay_s=0.1, job_images=400, lease_s=60.0, models={"tiny": large})
     stack.accept(prompts(20))
     stack.start("reconciler")
     first = stack.start("worker")
