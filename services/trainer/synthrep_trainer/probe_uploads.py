@@ -34,10 +34,16 @@ _CLASS = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
 _SUFFIXES = {"jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 _LEFT_OUT = re.compile(r"(__MACOSX/.*|(.*/)?(\.DS_Store|Thumbs\.db|desktop\.ini))")
 _SYMLINK, _KIND = 0o120000, 0o170000
-# Of what zipfile lets through: names that are not the UTF-8 they claim to be, or empty.
 _UNREADABLE = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError),
-    *(RuntimeError, OSError, ValueError, IndexError),
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    ValueError,  # a name that is not the UTF-8 it claims to be
+    IndexError,  # a name that is empty
 )
 
 
