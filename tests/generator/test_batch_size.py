@@ -97,7 +97,7 @@ def load(tmp_path: Path) -> Callable[..., Any]:
 
     def load(**changes: Any) -> Any:
         values = {"path": folder, "generate_px": 32, "store_px": 32, "num_inference_steps": 2}
-        model = ModelConfig.model_validate(values | changes)
+        model = ModelConfig.model_validate(values | {"dtype": "fp32"} | changes)
         return load_synthesizer(model, device="cpu", batch_sizes=tmp_path / "sizes.json")
 
     return load

@@ -25,8 +25,9 @@ from synthrep_generator.errors import (  # noqa: E402
 )
 from synthrep_generator.model_files import MANIFEST, Manifest  # noqa: E402
 from synthrep_generator.pipelines.family import Text  # noqa: E402
+from synthrep_generator.pipelines.loading import choose_dtype  # noqa: E402
 from synthrep_generator.pipelines.samplers import make_scheduler  # noqa: E402
-from synthrep_generator.settings import ModelConfig  # noqa: E402
+from synthrep_generator.settings import GeneratorSettings, ModelConfig  # noqa: E402
 from synthrep_generator.synthesis import ImageTask, Recipe  # noqa: E402
 from tests.generator.tiny_pipelines import BUILDERS, LATENTS, SIDE_PX, WIDTH, save  # noqa: E402
 
@@ -65,6 +66,7 @@ def config(folder: Path, **changes: Any) -> ModelConfig:
         "store_px": SIDE_PX,
         "device_batch_images": 4,
         "scheduler": DEFAULTS.get(folder.name, "ddim"),
+        "dtype": "fp32",
     }
     return ModelConfig.model_validate(values | changes)
 
@@ -304,7 +306,6 @@ def test_scheduler_options_are_followed_and_unknown_ones_named(folders: Any) -> 
         {"channels_last": True},
         {"attention": "math"},
         {"vae_tiling": True},
-        {"dtype": "fp32"},
         pytest.param({"compile": True}, marks=pytest.mark.long),
     ],
 )
@@ -327,6 +328,42 @@ def test_half_precision_is_near_and_is_what_samples_record(folders: Any) -> None
     assert half._pipeline.text_encoder.dtype == torch.bfloat16
     one, other = make(plain, TASKS[:1], wanted)[0], make(half, TASKS[:1], wanted)[0]
     assert 0 < np.abs(one.astype(int) - other).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("can", "has_onednn", "chosen"),
+    [
+        ({"avx512_bf16": True}, True, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, True, torch.bfloat16),
+        ({"avx512_bf16": True}, False, torch.float32),
+        ({"avx512_bf16": False, "avx512_f": True}, True, torch.float32),
+        ({"neon": True}, True, torch.float32),
+    ],
+)
+def test_a_cpu_that_multiplies_bf16_uses_it(
+    can: dict[str, bool], has_onednn: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    cpu, path = torch.device("cpu"), Path("model")
+    assert choose_dtype(ModelConfig(path=path), cpu) == chosen
+    assert choose_dtype(ModelConfig(path=path, dtype="fp32"), cpu) == torch.float32
+    assert choose_dtype(ModelConfig(path=path, dtype="bf16"), cpu) == torch.bfloat16
+
+
+def test_tiny_in_bf16_makes_the_same_images_within_two_grey_levels() -> None:
+    tiny = GeneratorSettings().models["tiny"]
+    exact, half = (
+        load_synthesizer(tiny.model_copy(update={"dtype": dtype}), device="cpu")
+        for dtype in ("fp32", "bf16")
+    )
+    tasks = [ImageTask("a photo of a horse", seed) for seed in range(2)]
+    wanted = recipe(tiny.scheduler, tiny.guidance_scale, num_inference_steps=6)
+    images = make(half, tasks, wanted)
+    for one, other in zip(make(exact, tasks, wanted), images, strict=True):
+        assert 0 < np.abs(one.astype(int) - other).mean() < 2
+    alone = make(half, tasks[1:], wanted)[0]
+    assert np.abs(alone.astype(int) - images[1]).mean() < 1  # whoever shares the batch
 
 
 def test_a_variant_of_the_weights_is_taken_where_there_is_one(folders: Any, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class ModelConfig(BaseModel):
     """Images in one pass through the pipeline, over all prompts of a job; `auto` searches the best
     number when the model is first loaded on a kind of device, and remembers it."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of text encoders and denoiser; `auto`: fp32 on a CPU, bf16 or fp16 on CUDA."""
+    """Number format of text encoders and denoiser; `auto`: bf16 where the device multiplies it,
+    else fp16 on CUDA and fp32 on a CPU."""
     channels_last: bool = False
     """Whether convolutions keep channels in the last place of memory."""
     compile: bool = False
@@ -86,7 +87,6 @@ def _tiny() -> dict[str, ModelConfig]:
             generate_px=32,
             store_px=32,
             device_batch_images=40,
-            channels_last=True,
             licence="see the model card",
         )
     }

@@ -40,6 +40,7 @@ FAMILIES: dict[str, type[Family]] = {
 }
 _TRUSTED_LIBRARIES = {"diffusers", "transformers", None}  # None: the part is absent
 _UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+_BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -76,9 +77,17 @@ def choose_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     """The number format of text encoders and denoiser."""
     if model.dtype != "auto":
         return _DTYPES[model.dtype]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether bf16 is faster than fp32: a CPU without the instructions takes 50 times as long."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in _BF16_CAPABILITIES)
 
 
 def _read_index(model: ModelConfig) -> tuple[str, list[str]]:
