@@ -14,6 +14,7 @@ import hashlib
 import io
 import mmap
 import os
+import struct
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _PIECE_BYTES = 1 << 20  # of one write; in whole pages, as writing past the cach
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 _MODE_TO_TIME = b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" + b"00000000000\0"  # around the size
 _KIND_AND_MAGIC = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")
+_HEADER = struct.Struct(f"{_NAME_BYTES}s48s8s{_BLOCK - 156}s")
 # The checksum counts its own eight bytes as blanks.
 _FIXED_SUM = sum(_KIND_AND_MAGIC) + 8 * ord(" ")
 _PADDING = bytes(_BLOCK)
@@ -56,8 +58,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._piece = memoryview(mmap.mmap(-1, _PIECE_BYTES))  # begins at a page
-        self._piece_bytes = 0  # of it that are not yet in the file
+        self._piece = mmap.mmap(-1, _PIECE_BYTES)  # begins at a page; full up to its position
         self._path = temporary_path(folder, "shard.tar")
         self._descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         with contextlib.suppress(OSError):  # some file systems know no other way
@@ -88,8 +89,7 @@ class ShardWriter:
 
         The last groups may reach the disk, and find it full, as late as in `finish`.
         """
-        parts = [part for name, content in members for part in tar_member(name, content)]
-        self._add(gid, b"".join(parts))
+        self._add(gid, *(part for member in members for part in tar_member(*member)))
         failpoint("group-written")
 
     def finish(self) -> WrittenShard:
@@ -111,25 +111,23 @@ class ShardWriter:
                 other._add(gid, os.pread(self._descriptor, length, start))
         return other
 
-    def _add(self, gid: str, data: bytes) -> None:
-        self._spans[gid] = (self._num_bytes, len(data))
-        self._append(data)
+    def _add(self, gid: str, *parts: bytes) -> None:
+        start = self._num_bytes
+        for part in parts:
+            self._append(part)
+        self._spans[gid] = (start, self._num_bytes - start)
 
     def _append(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            start = self._piece_bytes
-            some = left[: _PIECE_BYTES - start]
-            self._piece[start : start + len(some)] = some
-            self._piece_bytes += len(some)
-            if self._piece_bytes == _PIECE_BYTES:
-                self._write_piece()
-            left = left[len(some) :]
         self._num_bytes += len(data)
+        while len(data) >= (room := _PIECE_BYTES - self._piece.tell()):
+            self._piece.write(data[:room])
+            self._write_piece()
+            data = data[room:]
+        self._piece.write(data)
 
     def _write_piece(self) -> None:
         """Write what is collected; from the first piece that is not full on, through the cache."""
-        left = self._piece[: self._piece_bytes]
+        left = memoryview(self._piece)[: self._piece.tell()]
         self._digest.update(left)
         if len(left) < _PIECE_BYTES:
             _pass_cache(self._descriptor, False)
@@ -140,7 +138,7 @@ class ShardWriter:
                 if error.errno != errno.EINVAL or not _passes_cache(self._descriptor):
                     raise
                 _pass_cache(self._descriptor, False)  # not from here, or not on this file system
-        self._piece_bytes = 0
+        self._piece.seek(0)
 
 
 def _passes_cache(descriptor: int) -> bool:
@@ -162,8 +160,7 @@ def tar_member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
     # The low half of an Adler-32 is one more than the sum of so few bytes.
     varying_sum = (zlib.adler32(mode_to_time, zlib.adler32(encoded)) & 0xFFFF) - 1
     checksum = b"%06o\0 " % (_FIXED_SUM + varying_sum)
-    name_field = encoded.ljust(_NAME_BYTES, b"\0")
-    header = b"".join((name_field, mode_to_time, checksum, _KIND_AND_MAGIC))
+    header = _HEADER.pack(encoded, mode_to_time, checksum, _KIND_AND_MAGIC)
     return header, content, _PADDING[: -len(content) % _BLOCK]
 
 
