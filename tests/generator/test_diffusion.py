@@ -104,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, **changes: Any) -> ModelConfig:
     values = {"path": folder, "generate_px": 32, "store_px": 32, "device_batch_images": 4}
-    return ModelConfig.model_validate(values | changes)
+    return ModelConfig.model_validate(values | {"dtype": "fp32"} | changes)
 
 
 @pytest.fixture(scope="session")
