@@ -104,6 +104,7 @@ def _prompts_per_s(services: Services, num_prompts: int) -> float:
     queue, prompts = WorkQueue(services.settings), list(captions(num_prompts))
     paths = DatasetPaths(services.settings.root, "enqueue")
     settings = plain_settings(services.settings.models["tiny"], images_per_prompt=1)
+    _let_rest(services)
     started = time.perf_counter()
     batch = accept_prompts(paths, prompts, settings).id
     queue.nudge()
@@ -116,6 +117,7 @@ def _prompts_per_s(services: Services, num_prompts: int) -> float:
 
 def _uploaded_prompts_per_s(services: Services, num_prompts: int) -> float:
     queue, blocks = WorkQueue(services.settings), list(body(num_prompts))
+    _let_rest(services)
     started = time.perf_counter()
     batch = upload(services.url, blocks, prompts=num_prompts, dataset="upload", images_per_prompt=1)
     _wait_for_jobs(services, queue, num_prompts)
@@ -123,6 +125,11 @@ def _uploaded_prompts_per_s(services: Services, num_prompts: int) -> float:
     services.cancel(batch)
     _empty(queue)
     return num_prompts / seconds
+
+
+def _let_rest(services: Services) -> None:
+    """Until the reconciler has rested from the round before: it does so for a sweep at most."""
+    time.sleep(services.settings.sweep_s)
 
 
 def _wait_for_jobs(services: Services, queue: WorkQueue, num_prompts: int) -> None:
