@@ -89,14 +89,14 @@ class ShardWriter:
 
         The last groups may reach the disk, and find it full, as late as in `finish`.
         """
-        self._add(gid, *(part for member in members for part in tar_member(*member)))
+        self._add(gid, [part for member in members for part in tar_member(*member)])
         failpoint("group-written")
 
     def finish(self) -> WrittenShard:
         """End the tar and flush it to disk; nothing can be added afterwards."""
         self._write_piece()
         failpoint("shard-half-written")
-        self._append(_END)
+        self._append([_END])
         self._write_piece()
         os.fsync(self._descriptor)
         failpoint("shard-written")
@@ -108,27 +108,29 @@ class ShardWriter:
         other = ShardWriter(self._folder)
         for gid, (start, length) in self._spans.items():
             if gid not in gids:
-                other._add(gid, os.pread(self._descriptor, length, start))
+                other._add(gid, [os.pread(self._descriptor, length, start)])
         return other
 
-    def _add(self, gid: str, *parts: bytes) -> None:
+    def _add(self, gid: str, parts: list[bytes]) -> None:
         start = self._num_bytes
-        for part in parts:
-            self._append(part)
+        self._append(parts)
         self._spans[gid] = (start, self._num_bytes - start)
 
-    def _append(self, data: bytes) -> None:
-        self._num_bytes += len(data)
-        while len(data) >= (room := _PIECE_BYTES - self._piece.tell()):
-            self._piece.write(data[:room])
-            self._write_piece()
-            data = data[room:]
-        self._piece.write(data)
+    def _append(self, parts: list[bytes]) -> None:
+        piece, update = self._piece, self._digest.update
+        for part in parts:
+            update(part)
+            left = part
+            while len(left) >= (room := _PIECE_BYTES - piece.tell()):
+                piece.write(left[:room])
+                self._write_piece()
+                left = left[room:]
+            piece.write(left)
+        self._num_bytes += sum(map(len, parts))
 
     def _write_piece(self) -> None:
         """Write what is collected; from the first piece that is not full on, through the cache."""
         left = memoryview(self._piece)[: self._piece.tell()]
-        self._digest.update(left)
         if len(left) < _PIECE_BYTES:
             _pass_cache(self._descriptor, False)
         while left:
