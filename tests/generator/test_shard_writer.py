@@ -167,6 +167,41 @@ def test_an_abandoned_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_copy_that_the_disk_refuses_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "refused")
+
+    open_before = os.listdir("/dev/fd")
+    with ShardWriter(tmp_path) as writer:
+        for gid, members in LARGE.items():
+            writer.add_group(gid, members)
+        writer.finish()
+        monkeypatch.setattr(os, "write", refuse)
+        with pytest.raises(OSError, match="refused"):
+            writer.without({"b"})
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert os.listdir("/dev/fd") == open_before
+
+
+def test_a_shard_whose_file_does_not_close_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = os.close
+
+    def refuse(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EDQUOT, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", refuse)
+        with pytest.raises(OSError, match="refused"):
+            write(tmp_path, GROUPS)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_publishing_names_the_shard_by_sequence_and_content(tmp_path: Path) -> None:
     written, data = write_kept(tmp_path)
     name = publish_shard(written, tmp_path, 7)

@@ -76,8 +76,10 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._descriptor)
-        self._path.unlink(missing_ok=True)
+        try:
+            os.close(self._descriptor)  # what a server refused late may come out here
+        finally:
+            self._path.unlink(missing_ok=True)
 
     @property
     def gids(self) -> list[str]:
@@ -105,10 +107,12 @@ class ShardWriter:
     def without(self, gids: Collection[str]) -> ShardWriter:
         """A new writer that holds the groups of this one except `gids`."""
         self._write_piece()
-        other = ShardWriter(self._folder)
-        for gid, (start, length) in self._spans.items():
-            if gid not in gids:
-                other._add(gid, [os.pread(self._descriptor, length, start)])
+        with contextlib.ExitStack() as unless_full:
+            other = unless_full.enter_context(ShardWriter(self._folder))
+            for gid, (start, length) in self._spans.items():
+                if gid not in gids:
+                    other._add(gid, [os.pread(self._descriptor, length, start)])
+            unless_full.pop_all()
         return other
 
     def _add(self, gid: str, parts: list[bytes]) -> None:
