@@ -27,6 +27,7 @@ NAMES = frozenset(
         "shard-written",
         "file-linked",
         "shard-published",
+        "line-half-written",
         "line-written",
         "shard-committed",
         "failure-published",

@@ -1,14 +1,15 @@
 """Where a commit log is kept: the lines of one file, or one object a record.
 
-In a file the commit point is a flushed line, appended under a file lock. In an object store it is
-the conditional PUT of `log/<seq>.json`: whoever comes second is refused, reads on and tries the
-next number.
+In a file the commit point is a flushed line, appended under a file lock; it gets its end, which
+shows it to readers, when the rest is on disk. In an object store it is the conditional PUT of
+`log/<seq>.json`: whoever comes second is refused, reads on and tries the next number.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -91,13 +92,16 @@ class LogFile:
         with self._path.open("ab", buffering=0) as stream:
             before = stream.tell()
             try:
-                if stream.write(line + b"\n") != len(line) + 1:
-                    raise OSError(errno.ENOSPC, "short write to the commit log")
-                failpoint("line-written")
+                _write_all(stream, line)
+                failpoint("line-half-written")
                 os.fsync(stream.fileno())
+                _write_all(stream, b"\n")
             except OSError:
                 os.truncate(self._path, before)
                 raise
+            # Readers take it from here on, so it stays, also where its end cannot be flushed.
+            failpoint("line-written")
+            os.fsync(stream.fileno())
         if is_new:
             sync_folder(self._path.parent)
         return True
@@ -122,6 +126,11 @@ class LogFile:
             return self._path.stat().st_size - offset
         except FileNotFoundError:
             return 0
+
+
+def _write_all(stream: io.FileIO, data: bytes) -> None:
+    if stream.write(data) != len(data):
+        raise OSError(errno.ENOSPC, "short write to the commit log")
 
 
 class LogObjects:

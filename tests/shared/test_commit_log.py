@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import threading
 import time
 
@@ -154,6 +156,30 @@ def test_failed_publication_leaves_no_line(log, path):
         log.append("shard", name=full_disk, groups=(ref(1),))
     assert [r.seq for r in read_log(path)] == [1]
     assert shard(log, ref(1)).seq == 2
+
+
+@pytest.mark.parametrize("refused", [1, 2])
+def test_nobody_reads_a_line_that_goes_again(log, path, monkeypatch, refused):
+    shard(log, ref(0))
+    readers, flush, calls = [LogReader(path), CommitLog(path)], os.fsync, []
+
+    def look_and_fail(descriptor):
+        calls.append(descriptor)
+        readers[0].poll()
+        readers[1].refresh()
+        if len(calls) == refused:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", look_and_fail)
+        with pytest.raises(OSError, match="quota"):
+            shard(log, ref(1))
+    log.refresh()
+    assert log.outcomes.is_decided("b", 1) == readers[1].outcomes.is_decided("b", 1)
+    record = shard(readers[1], ref(2))
+    assert readers[0].poll()[-1] == record
+    assert [r.seq for r in read_log(path)] == list(range(1, record.seq + 1))
 
 
 def test_concurrent_writers_lose_nothing(path):
