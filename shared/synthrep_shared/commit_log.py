@@ -186,18 +186,31 @@ class CommitLog:
     """The writing side; safe for several threads, processes and hosts that see the same log."""
 
     def __init__(self, path: Location) -> None:
-        self._reader = LogReader(path)
-        self._medium = open_medium(path)
-        self._read_bytes = _STORE_READ_BYTES if self._reader.is_seekable else _READ_BYTES
+        self._path, self._medium = path, open_medium(path)
         self._thread_lock = threading.RLock()
-        self.outcomes = Outcomes()
+        self._start_over()
+        self._read_bytes = _STORE_READ_BYTES if self._reader.is_seekable else _READ_BYTES
+
+    def _start_over(self) -> None:
+        self._reader, self.outcomes = LogReader(self._path), Outcomes()
 
     def refresh(self) -> int:
-        """Read what others appended; returns the last sequence number."""
+        """Read what others appended; returns the last sequence number.
+
+        Raises CommitLogError on a bad line, and where a file was cut or put back from a copy: a
+        line behind what was read of it would make a hole. The next call reads it from its start.
+        """
         with self._thread_lock:
-            while records := self._reader.poll(self._read_bytes):
-                for record in records:
-                    self.outcomes.apply(record)
+            try:
+                while records := self._reader.poll(self._read_bytes):
+                    for record in records:
+                        self.outcomes.apply(record)
+                if self._reader.torn_bytes < 0:
+                    raise CommitLogError(f"{self._path}: shorter than what was read of it")
+            except CommitLogError:
+                if not self._reader.is_seekable:
+                    self._start_over()
+                raise
             return self._reader.seq
 
     def append(

@@ -53,7 +53,7 @@ class LogMedium(Protocol):
         ...
 
     def torn_bytes(self, offset: int) -> int:
-        """Length of what follows the whole lines that end at `offset`."""
+        """Length of what follows the whole lines that end at `offset`; below 0, they are gone."""
         ...
 
 
@@ -112,12 +112,10 @@ class LogFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with (self._path.parent / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            torn_bytes = 0
-            if self._path.exists():
-                offset = caught_up()
-                torn_bytes = self.torn_bytes(offset)
-                if torn_bytes > 0:
-                    os.truncate(self._path, offset)
+            offset = caught_up()
+            torn_bytes = self.torn_bytes(offset)
+            if torn_bytes > 0:
+                os.truncate(self._path, offset)
             yield torn_bytes
 
     def torn_bytes(self, offset: int) -> int:
@@ -125,7 +123,7 @@ class LogFile:
         try:
             return self._path.stat().st_size - offset
         except FileNotFoundError:
-            return 0
+            return -offset
 
 
 def _write_all(stream: io.FileIO, data: bytes) -> None:

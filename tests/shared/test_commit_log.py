@@ -110,6 +110,32 @@ def test_a_reader_goes_on_where_a_malformed_line_was_mended(log, path):
     assert [r.seq for r in reader.poll()] == [1, 2]
 
 
+def test_a_writer_begins_anew_where_the_log_is_gone(log, path):
+    for i in range(2):
+        shard(log, ref(i))
+    path.unlink()
+    with pytest.raises(CommitLogError, match="shorter"):
+        shard(log, ref(1))
+    assert shard(log, ref(1)).seq == 1
+    assert [r.seq for r in read_log(path)] == [1]
+
+
+@pytest.mark.parametrize("appended", [0, 1, 2])
+def test_a_writer_goes_by_the_log_as_it_is_after_a_copy_was_put_back(log, path, appended):
+    shard(log, ref(0))
+    copy = path.read_bytes()
+    shard(log, ref(1), ref(2))
+    shard(log, ref(3))
+    path.write_bytes(copy)
+    for i in range(appended):
+        shard(CommitLog(path), *(ref(100 * i + j) for j in range(10, 50)))
+    with pytest.raises(CommitLogError):
+        shard(log, ref(1))
+    assert shard(log, ref(1)).seq == appended + 2
+    assert not log.outcomes.is_decided("b", 3)
+    assert [r.seq for r in read_log(path)] == list(range(1, appended + 3))
+
+
 def test_writers_wait_while_one_process_has_the_log_for_itself(log, path):
     shard(log, ref(0))
     with path.open("ab") as stream:
