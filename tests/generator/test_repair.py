@@ -102,6 +102,16 @@ def test_nothing_is_removed_where_the_log_cannot_be_read(messy: Any) -> None:
     assert committed_files(messy.paths.folder) == before
 
 
+@pytest.mark.parametrize("kept_lines", [0, 1])
+def test_nothing_is_removed_where_the_log_lost_records(messy: Any, kept_lines: int) -> None:
+    lines = messy.paths.log.read_bytes().splitlines(keepends=True)
+    messy.paths.log.write_bytes(b"".join(lines[:kept_lines]))
+    before = committed_files(messy.paths.folder)
+    with pytest.raises(CommitLogError, match="put the log back"):
+        repair_dataset(messy.paths, now_s=NOW_S, min_age_s=AGE_S)
+    assert committed_files(messy.paths.folder) == before
+
+
 def test_a_data_set_that_was_never_made_is_an_error(root: Path) -> None:
     with pytest.raises(StorageError, match="no data set"):
         repair_dataset(DatasetPaths(root, "fish"), now_s=NOW_S, min_age_s=AGE_S)

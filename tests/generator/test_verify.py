@@ -150,6 +150,10 @@ def make_a_hole(pets: Any) -> None:
     rewrite_record(pets, 2, lambda record: record.update(seq=3))
 
 
+def lose_the_log(pets: Any) -> None:
+    pets.paths.log.unlink()
+
+
 def lose_an_intake_line(pets: Any) -> None:
     file = next(pets.paths.intake.iterdir())
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
@@ -175,6 +179,7 @@ def tear_a_shard(pets: Any) -> None:
         (claim_other_images, "log"),
         (claim_other_prompt, "log"),
         (make_a_hole, "log"),
+        (lose_the_log, "log"),
         (lose_an_intake_line, "intake"),
         (tear_a_shard, "torn"),
     ],

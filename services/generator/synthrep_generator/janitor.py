@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Set
 
 from synthrep_shared.commit_log import LogReader
+from synthrep_shared.errors import CommitLogError
 from synthrep_shared.storage import (
     DatasetPaths,
     Location,
@@ -49,6 +50,22 @@ def find_leftovers(
             and (log.is_named_under_lock or _is_orphan(file.path, log, committed))
         )
     ]
+
+
+def check_no_record_is_lost(files: Iterable[StoredFile], log: LogReader) -> None:
+    """Raises CommitLogError where a file tells of records that the log does not have.
+
+    A file is named for the record that comes next, so all those before were there. `log` was read
+    to its end after `files` were listed.
+    """
+    found = [(file.path, _NUMBERED.match(file.path.name)) for file in files]
+    numbered = [(int(match[1]), file.name) for file, match in found if match]
+    number, name = max(numbered, default=(0, ""))
+    if number > log.seq + 1:
+        raise CommitLogError(
+            f"{log.path}: ends with record {log.seq}, but {name} was written after record "
+            f"{number - 1}; put the log back from a copy, or remove the files of later records"
+        )
 
 
 def digest_in_name(file: Location) -> str | None:

@@ -6,7 +6,7 @@ import logging
 
 from pydantic import BaseModel
 
-from synthrep_generator.janitor import find_leftovers, list_stored
+from synthrep_generator.janitor import check_no_record_is_lost, find_leftovers, list_stored
 from synthrep_shared.commit_log import CommitLog, LogReader
 from synthrep_shared.errors import StorageError
 from synthrep_shared.storage import DatasetPaths
@@ -38,6 +38,7 @@ def repair_dataset(paths: DatasetPaths, *, now_s: float, min_age_s: float) -> Re
         files = list_stored(paths)
         while records := reader.poll():
             committed.update(record.name for record in records)
+        check_no_record_is_lost(files, reader)
         before_s = now_s - min_age_s
         leftovers = find_leftovers(files, committed, reader, written_before_s=before_s)
         for file in leftovers:

@@ -20,7 +20,12 @@ from synthrep_generator.dataset_files import DatasetFiles
 from synthrep_generator.errors import IntakeError
 from synthrep_generator.failure_writer import Failure
 from synthrep_generator.intake import BatchHeader, IntakeReader, list_batches
-from synthrep_generator.janitor import digest_in_name, find_leftovers, list_stored
+from synthrep_generator.janitor import (
+    check_no_record_is_lost,
+    digest_in_name,
+    find_leftovers,
+    list_stored,
+)
 from synthrep_shared.commit_log import CommitRecord, GroupRef, LogReader, Outcomes
 from synthrep_shared.errors import CommitLogError, StorageError
 from synthrep_shared.samples import (
@@ -30,7 +35,7 @@ from synthrep_shared.samples import (
     member_name,
     parse_member_name,
 )
-from synthrep_shared.storage import DatasetPaths, Location, sha256_file
+from synthrep_shared.storage import DatasetPaths, Location, StoredFile, sha256_file
 
 _FAILURES = TypeAdapter(list[Failure])
 _BLOCK_PROMPTS = 4096
@@ -93,7 +98,7 @@ def verify_dataset(
         raise StorageError(f"no data set {paths.dataset!r} under {paths.root}")
     audit = _Audit(paths, judge)
     files = list_stored(paths)  # before the log: a file in it that is being committed is no orphan
-    audit.read_log()
+    audit.read_log(files)
     audit.read_intake()
     before_s = now_s - min_age_s
     leftovers = find_leftovers(files, audit.names, audit.log, written_before_s=before_s)
@@ -121,12 +126,13 @@ class _Audit:
         self.names: set[str] = set()
         self.report = DatasetReport(dataset=paths.dataset)
 
-    def read_log(self) -> None:
-        """Check every record, up to the first that cannot be read."""
+    def read_log(self, files: Sequence[StoredFile]) -> None:
+        """Check every record, up to the first that cannot be read or that only `files` tell of."""
         try:
             while records := self.log.poll():
                 for record in records:
                     self._take(record)
+            check_no_record_is_lost(files, self.log)
         except CommitLogError as error:
             self._note("log", self._paths.log, str(error))
         else:
