@@ -43,9 +43,10 @@ class OpenDatasets:
             paths = DatasetPaths(self._root, dataset)
             if not paths.intake.is_dir():
                 raise StorageError(f"no data set {dataset!r} under {self._root}")
-            paths.make_folders()
             self._open[dataset] = DatasetFiles(paths)
-        return self._open[dataset]
+        files = self._open[dataset]
+        files.paths.make_folders()  # a system may clean an idle one away that lies in its /tmp
+        return files
 
 
 def is_held_back(root: Location, chunk: Chunk) -> bool:
