@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from synthrep_generator.leases import Lease
 from synthrep_generator.queues import WorkerView, WorkQueue
 from synthrep_generator.reconciler import Reconciler
 from synthrep_shared.commit_log import CommitLog, GroupRef
+from synthrep_shared.storage import DatasetPaths
 
 pytestmark = pytest.mark.redis
 
@@ -200,6 +202,24 @@ def test_a_malformed_log_stops_its_data_set_only(scene: Scene) -> None:
     scene.clock.now = 61.0
     scene.reconciler.sweep()
     assert [chunk.dataset for chunk in scene.queued()] == ["bees", "birds"]
+
+
+def test_a_log_that_goes_bad_where_it_was_read_keeps_its_leftovers_only(scene: Scene) -> None:
+    old = 1.0  # seconds since the epoch
+    leftovers = []
+    for batch, dataset in (("b0", "birds"), ("b1", "bees")):
+        scene.stack.accept(prompts(4), batch=batch, dataset=dataset)
+        paths = DatasetPaths(scene.stack.settings.root, dataset)
+        leftovers.append(paths.temporary / ".shard.tar.1.00.part")
+        leftovers[-1].touch()
+        os.utime(leftovers[-1], (old, old))
+    scene.decide(places("b0", 0, 4))
+    scene.reconciler.sweep()
+    log = scene.stack.paths.log
+    log.write_bytes(b"x" * (log.stat().st_size - 1) + b"\n")
+    scene.reconciler.sweep()
+    scene.reconciler.clean()
+    assert [file.exists() for file in leftovers] == [True, False]
 
 
 def test_an_empty_root_is_no_error(scene: Scene) -> None:

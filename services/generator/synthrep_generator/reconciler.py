@@ -115,8 +115,11 @@ class Reconciler:
         if self._cleaned_at is not None and now - self._cleaned_at < _JANITOR_S:
             return
         self._cleaned_at = now
-        for feed in self._feeds.values():
-            remove_leftovers(feed.paths, now_s=time.time())
+        for dataset, feed in self._feeds.items():
+            try:
+                remove_leftovers(feed.paths, now_s=time.time())
+            except CommitLogError:  # in a part that was read long ago
+                logger.exception("leftovers stay", extra={"dataset": dataset})
 
     def _refresh(self) -> None:
         for dataset in list_datasets(self._settings.root):
