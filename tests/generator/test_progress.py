@@ -12,6 +12,7 @@ from synthrep_generator.catalog import Catalog
 from synthrep_generator.failure_reader import failure_views
 from synthrep_generator.progress import DatasetIndex
 from synthrep_generator.tally import batch_state
+from synthrep_shared.commit_log import LogReader
 from synthrep_shared.errors import CommitLogError
 from synthrep_shared.messages import PromptCounts
 
@@ -302,6 +303,22 @@ def test_malformed_log_of_one_data_set_hides_no_other(pets, root, caplog):
     assert len(caplog.records) == 1
     with pytest.raises(CommitLogError):
         catalog.dataset("broken")
+
+
+def test_log_of_somebody_else_hides_no_other_data_set(pets, root, caplog, monkeypatch):
+    catalog = Catalog(root)
+    pets.accept(["a", "b"])
+    closed, poll = catalog.make("closed").paths.log, LogReader.poll
+
+    def refuse(reader, *given):
+        if reader.path == closed:
+            raise PermissionError(13, "Permission denied")
+        return poll(reader, *given)
+
+    monkeypatch.setattr(LogReader, "poll", refuse)
+    assert [index.name for index in catalog.datasets()] == ["closed", "pets"]
+    assert catalog.unfinished().prompts == 2
+    assert len(caplog.records) == 1
 
 
 def test_catalog_sums_unfinished_work_without_paused_images(pets, root):

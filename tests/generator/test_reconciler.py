@@ -13,7 +13,7 @@ from synthrep_generator.intake import set_paused
 from synthrep_generator.leases import Lease
 from synthrep_generator.queues import WorkerView, WorkQueue
 from synthrep_generator.reconciler import Reconciler
-from synthrep_shared.commit_log import CommitLog, GroupRef
+from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader
 from synthrep_shared.storage import DatasetPaths
 
 pytestmark = pytest.mark.redis
@@ -199,6 +199,27 @@ def test_a_malformed_log_stops_its_data_set_only(scene: Scene) -> None:
     scene.reconciler.sweep()
     assert [chunk.dataset for chunk in scene.queued()] == ["bees"]
     scene.stack.paths.log.unlink()
+    scene.clock.now = 61.0
+    scene.reconciler.sweep()
+    assert [chunk.dataset for chunk in scene.queued()] == ["bees", "birds"]
+
+
+def test_a_log_of_somebody_else_stops_its_data_set_only(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.stack.accept(prompts(4))
+    scene.stack.accept(prompts(4), batch="b1", dataset="bees")
+    poll = LogReader.poll
+
+    def refuse(reader: LogReader, *given: int) -> list[CommitRecord]:
+        if reader.path == scene.stack.paths.log:
+            raise PermissionError(13, "Permission denied")
+        return poll(reader, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogReader, "poll", refuse)
+        scene.reconciler.sweep()
+    assert [chunk.dataset for chunk in scene.queued()] == ["bees"]
     scene.clock.now = 61.0
     scene.reconciler.sweep()
     assert [chunk.dataset for chunk in scene.queued()] == ["bees", "birds"]

@@ -46,7 +46,7 @@ class Catalog:
         self.root, self._copy_bytes = root, copy_bytes
         self._lock = threading.Lock()
         self._indexes: dict[str, DatasetIndex] = {}
-        self._malformed: set[str] = set()
+        self._unreadable: set[str] = set()
 
     def make(self, name: str) -> DatasetIndex:
         """The data set of this name, made if absent; raises OSError, StorageError."""
@@ -64,7 +64,7 @@ class Catalog:
         return index
 
     def datasets(self) -> list[DatasetIndex]:
-        """All data sets by name, up to date but for one whose log is malformed."""
+        """All data sets by name, up to date but for one whose files cannot be read on."""
         names = list_datasets(self.root)
         found = map_files(self._readable_part, names, folder=self.root)
         return [index for index in found if index is not None]
@@ -72,9 +72,9 @@ class Catalog:
     def _readable_part(self, name: str) -> DatasetIndex | None:
         try:
             return self.dataset(name)
-        except CommitLogError:
-            if name not in self._malformed:
-                self._malformed.add(name)
+        except (CommitLogError, PermissionError):
+            if name not in self._unreadable:
+                self._unreadable.add(name)
                 logger.exception("commit log cannot be read on", extra={"dataset": name})
             return self._index(DatasetPaths(self.root, name))
 

@@ -131,7 +131,7 @@ class Reconciler:
                 self._feeds[dataset] = DatasetFeed(paths, job_images=job_images)
             try:
                 self._feeds[dataset].refresh()
-            except CommitLogError:
+            except (CommitLogError, PermissionError):
                 # Without its log a data set's prompts look undecided: it waits for a repair.
                 logger.exception("data set skipped", extra={"dataset": dataset})
                 del self._feeds[dataset]
