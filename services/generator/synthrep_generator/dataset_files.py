@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 
 from synthrep_generator.chunks import Chunk
 from synthrep_generator.intake import IntakeReader, list_paused
+from synthrep_generator.janitor import remove_old_temporary
 from synthrep_shared.commit_log import CommitLog
 from synthrep_shared.errors import StorageError
 from synthrep_shared.storage import DatasetPaths, Location, free_bytes
@@ -43,6 +45,7 @@ class OpenDatasets:
             paths = DatasetPaths(self._root, dataset)
             if not paths.intake.is_dir():
                 raise StorageError(f"no data set {dataset!r} under {self._root}")
+            remove_old_temporary(paths, now_s=time.time())
             self._open[dataset] = DatasetFiles(paths)
         files = self._open[dataset]
         files.paths.make_folders()  # a system may clean an idle one away that lies in its /tmp

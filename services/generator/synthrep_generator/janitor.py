@@ -18,6 +18,7 @@ from synthrep_shared.storage import (
 
 logger = logging.getLogger(__name__)
 
+_DAY_S = 86_400.0
 _NUMBERED = re.compile(r"^(\d{8,})-([0-9a-f]{12})\.(tar|json)$")
 _COMMITTABLE = {"shards": ".tar", "failures": ".json"}
 
@@ -74,7 +75,7 @@ def digest_in_name(file: Location) -> str | None:
     return match[2] if match else None
 
 
-def remove_leftovers(paths: DatasetPaths, *, now_s: float, min_age_s: float = 86_400.0) -> int:
+def remove_leftovers(paths: DatasetPaths, *, now_s: float, min_age_s: float = _DAY_S) -> int:
     """Delete leftovers older than `min_age_s` while writers are at work; returns how many.
 
     A file of a sequence number that the log gave to another file can never be committed any more;
@@ -94,6 +95,15 @@ def remove_leftovers(paths: DatasetPaths, *, now_s: float, min_age_s: float = 86
         logger.info("leftover removed", extra={"dataset": paths.dataset, "file": file.name})
     drop_stale_uploads(paths.folder, started_before_s=now_s - min_age_s)
     return len(doomed)
+
+
+def remove_old_temporary(paths: DatasetPaths, *, now_s: float, min_age_s: float = _DAY_S) -> None:
+    """Delete what killed writers left on this machine; a root in a store has others too."""
+    for file in list_files(paths.temporary):
+        if _is_temporary(file) and now_s - file.modified_s > min_age_s:
+            file.path.unlink(missing_ok=True)
+            facts = {"dataset": paths.dataset, "file": file.path.name}
+            logger.info("leftover removed", extra=facts)
 
 
 def _is_temporary(file: StoredFile) -> bool:
