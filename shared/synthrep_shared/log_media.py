@@ -142,6 +142,17 @@ class LogObjects:
 
     def read(self, seq: int, offset: int, max_bytes: int) -> tuple[list[bytes], int]:
         """See LogMedium; raises CommitLogError if a number is missing before a later one."""
+        found, next_listed = self._list(seq, max_bytes)
+        if not found and next_listed:  # a list may show a new record without the one before it
+            found, next_listed = self._list(seq, max_bytes)
+        if not found and next_listed:
+            raise CommitLogError(f"{self._folder}: expected seq {seq + 1}, got {next_listed}")
+        if len(found) == 1:
+            return [found[0].read_bytes()], offset
+        return list(map_files(ObjectPath.read_bytes, found, folder=self._folder)), offset
+
+    def _list(self, seq: int, max_bytes: int) -> tuple[list[ObjectPath], int]:
+        """The records after `seq` up to a missing one, and the number behind that, or 0."""
         found: list[ObjectPath] = []
         num_bytes = 0
         page_size = max(2, min(max_bytes // _LEAST_RECORD_BYTES, MAX_PAGE))
@@ -149,18 +160,13 @@ class LogObjects:
             match = _NUMBERED.match(entry.path.name)
             if match is None:
                 continue
-            expected = seq + len(found) + 1
-            if int(match[1]) != expected:
-                raise CommitLogError(
-                    f"{self._folder}: expected seq {expected}, got {int(match[1])}"
-                )
+            if int(match[1]) != seq + len(found) + 1:
+                return found, int(match[1])
             if num_bytes >= max_bytes:
                 break
             num_bytes += entry.num_bytes
             found.append(entry.path)
-        if len(found) == 1:
-            return [found[0].read_bytes()], offset
-        return list(map_files(ObjectPath.read_bytes, found, folder=self._folder)), offset
+        return found, 0
 
     def write(self, seq: int, line: bytes) -> bool:
         """See LogMedium."""

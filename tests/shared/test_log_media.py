@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from synthrep_shared import object_client
+from synthrep_shared import log_media, object_client
 from synthrep_shared.commit_log import CommitLog, CommitRecord, GroupRef, LogReader, read_log
 from synthrep_shared.errors import AlreadyDecidedError, CommitLogError
 from synthrep_shared.object_store import ObjectPath, list_objects
@@ -74,6 +74,27 @@ def test_a_missing_number_is_an_error_for_readers_and_writers(place: ObjectPath)
     with pytest.raises(CommitLogError, match="expected seq 2, got 3"):
         shard(CommitLog(place), ref(9))
     assert not (place / f"{2:012d}.json").exists()
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_a_list_that_shows_a_record_before_the_one_before_it_is_no_hole(
+    place: ObjectPath, monkeypatch: pytest.MonkeyPatch, read: int
+) -> None:
+    log, reader = CommitLog(place), LogReader(place)
+    for i in range(read):
+        shard(log, ref(i))
+    reader.poll()
+    for i in range(read, 4):
+        shard(log, ref(i))
+    hidden = [f"{2:012d}.json"]
+
+    def list_early(*given: Any, **options: Any) -> Any:
+        late = hidden.pop() if hidden else ""
+        return (entry for entry in list_objects(*given, **options) if entry.path.name != late)
+
+    monkeypatch.setattr(log_media, "list_objects", list_early)
+    found = [record.seq for _ in range(3) for record in reader.poll()]
+    assert [*range(1, read + 1), *found] == [1, 2, 3, 4]
 
 
 def test_a_record_under_another_number_is_an_error(place: ObjectPath) -> None:
