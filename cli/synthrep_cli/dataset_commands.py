@@ -32,7 +32,7 @@ Root = Annotated[
     ),
 ]
 MinAge = Annotated[
-    float, typer.Option(min=0, help="Seconds after which a temporary file is left over.")
+    float, typer.Option(min=0, help="Seconds after which an unfinished file is left over.")
 ]
 _JOB_LIMIT_S = 600.0  # no job writes for longer
 

@@ -216,6 +216,16 @@ def test_leftovers_are_named_and_no_damage(done: Any) -> None:
     assert (report.is_sound, report.is_clean) == (True, False)
 
 
+def test_a_shard_on_its_way_to_its_record_is_not_left_over(done: Any) -> None:
+    young, passed = (done.paths.shards / f"0000000{seq}-{'a' * 12}.tar" for seq in (3, 1))
+    for file in (young, passed):
+        file.touch()
+        os.utime(file, (NOW_S - 1, NOW_S - 1))
+    assert check(done.paths).leftovers == [f"shards/{passed.name}"]
+    os.utime(young, (NOW_S - 7200, NOW_S - 7200))
+    assert len(check(done.paths).leftovers) == 2
+
+
 def test_the_judge_sees_every_image_and_its_description(done: Any) -> None:
     seen = []
     report = check(done.paths, judge=lambda data, image: seen.append((data.caption, image)))

@@ -35,12 +35,20 @@ def find_leftovers(
     log: LogReader,
     *,
     written_before_s: float,
+    writers_wait: bool = False,
 ) -> list[Location]:
     """Temporary files last written before a moment, and files that can never be committed.
 
-    `committed` holds the names in `log`, which was read to its end after `files` were listed: a
-    writer that names a file and commits it in one step has done both, or is dead.
+    `committed` holds the names in `log`, which was read to its end after `files` were listed. A
+    young file of the next number may be on its way to its record, unless all writers wait.
     """
+
+    def is_dead(file: StoredFile) -> bool:
+        match, is_old = _NUMBERED.match(file.path.name), file.modified_s < written_before_s
+        if match is not None and not log.can_be_committed(int(match[1])):
+            return True
+        return log.is_named_under_lock and (match is None or is_old or writers_wait)
+
     return [
         file.path
         for file in files
@@ -48,7 +56,7 @@ def find_leftovers(
         or (
             file.path.suffix == _COMMITTABLE.get(file.path.parent.name)
             and file.path.name not in committed
-            and (log.is_named_under_lock or _is_orphan(file.path, log, committed))
+            and is_dead(file)
         )
     ]
 

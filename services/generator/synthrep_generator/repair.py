@@ -40,7 +40,9 @@ def repair_dataset(paths: DatasetPaths, *, now_s: float, min_age_s: float) -> Re
             committed.update(record.name for record in records)
         check_no_record_is_lost(files, reader)
         before_s = now_s - min_age_s
-        leftovers = find_leftovers(files, committed, reader, written_before_s=before_s)
+        leftovers = find_leftovers(
+            files, committed, reader, written_before_s=before_s, writers_wait=True
+        )
         for file in leftovers:
             file.unlink(missing_ok=True)
             logger.info("leftover removed", extra={"dataset": paths.dataset, "file": file.name})

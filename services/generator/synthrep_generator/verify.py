@@ -90,7 +90,7 @@ class DatasetReport(BaseModel):
 def verify_dataset(
     paths: DatasetPaths, *, now_s: float, min_age_s: float, judge: Judge | None = None
 ) -> DatasetReport:
-    """Read everything; a temporary file is left over if it is older than `min_age_s`.
+    """Read everything; a file that may be in the making is left over if older than `min_age_s`.
 
     Raises StorageError if there is no such data set.
     """
