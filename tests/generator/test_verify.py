@@ -226,6 +226,14 @@ def test_a_shard_on_its_way_to_its_record_is_not_left_over(done: Any) -> None:
     assert len(check(done.paths).leftovers) == 2
 
 
+def test_a_line_that_is_being_written_is_not_torn(done: Any) -> None:
+    with done.paths.log.open("a") as log:
+        log.write('{"version":1,"se')
+    for age_s, torn_bytes in ((1, 0), (7200, 16)):
+        os.utime(done.paths.log, (NOW_S - age_s, NOW_S - age_s))
+        assert check(done.paths).torn_bytes == torn_bytes
+
+
 def test_the_judge_sees_every_image_and_its_description(done: Any) -> None:
     seen = []
     report = check(done.paths, judge=lambda data, image: seen.append((data.caption, image)))

@@ -90,7 +90,7 @@ class DatasetReport(BaseModel):
 def verify_dataset(
     paths: DatasetPaths, *, now_s: float, min_age_s: float, judge: Judge | None = None
 ) -> DatasetReport:
-    """Read everything; a file that may be in the making is left over if older than `min_age_s`.
+    """Read everything; what may be in the making is left over if it is older than `min_age_s`.
 
     Raises StorageError if there is no such data set.
     """
@@ -98,9 +98,9 @@ def verify_dataset(
         raise StorageError(f"no data set {paths.dataset!r} under {paths.root}")
     audit = _Audit(paths, judge)
     files = list_stored(paths)  # before the log: a file in it that is being committed is no orphan
-    audit.read_log(files)
-    audit.read_intake()
     before_s = now_s - min_age_s
+    audit.read_log(files, torn_before_s=before_s)
+    audit.read_intake()
     leftovers = find_leftovers(files, audit.names, audit.log, written_before_s=before_s)
     audit.look_for_leftovers(leftovers)
     return audit.report
@@ -126,7 +126,7 @@ class _Audit:
         self.names: set[str] = set()
         self.report = DatasetReport(dataset=paths.dataset)
 
-    def read_log(self, files: Sequence[StoredFile]) -> None:
+    def read_log(self, files: Sequence[StoredFile], *, torn_before_s: float) -> None:
         """Check every record, up to the first that cannot be read or that only `files` tell of."""
         try:
             while records := self.log.poll():
@@ -136,7 +136,8 @@ class _Audit:
         except CommitLogError as error:
             self._note("log", self._paths.log, str(error))
         else:
-            self.report.torn_bytes = self.log.torn_bytes
+            if self.log.torn_bytes and self._paths.log.stat().st_mtime < torn_before_s:
+                self.report.torn_bytes = self.log.torn_bytes
 
     def read_intake(self) -> None:
         """Count what was accepted, and what became of it."""
