@@ -34,6 +34,18 @@ def test_bad_range_is_a_problem(client, pets):
         assert answer.headers["content-range"].startswith("bytes */")
 
 
+def test_a_log_that_cannot_be_read_is_a_problem_of_its_data_set_only(client, pets):
+    header = pets.accept(["a"])
+    pets.paths.log.write_text("no record\n")
+    for url in ("/v1/datasets/pets", "/v1/datasets/pets/shards", f"/v1/batches/{header.id}"):
+        answer = client.get(url)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "30"), url
+        assert answer.headers["content-type"] == "application/problem+json"
+    assert client.get("/v1/datasets").status_code == 200
+    answer = client.post("/v1/batches", json={"dataset": "birds", "prompts": ["b"]})
+    assert answer.status_code == 202
+
+
 def test_only_shards_that_the_log_names_are_served(client, pets):
     pets.commit(pets.accept(["a"]), {0: "a"})
     (pets.paths.shards / "00000002-abcabcabcabc.tar").write_bytes(b"not committed")

@@ -30,6 +30,7 @@ from synthrep_generator.errors import (
     UploadTooLargeError,
 )
 from synthrep_shared.asgi import ProblemResponse, validation_problem
+from synthrep_shared.errors import CommitLogError
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 30
@@ -60,6 +61,7 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _schema_problem)
     app.add_exception_handler(ClientDisconnect, _gone_problem)
     app.add_exception_handler(OSError, _storage_problem)
+    app.add_exception_handler(CommitLogError, _log_problem)
     app.add_exception_handler(Exception, _unexpected_problem)
     for kind in _STATUS:
         app.add_exception_handler(kind, _known_problem)
@@ -105,6 +107,12 @@ async def _storage_problem(_: Request, error: Exception) -> Any:
     if error.errno in _FULL:
         return ProblemResponse(507, "the disk is full", retry_after_s=RETRY_AFTER_S)
     return ProblemResponse(503, "the storage does not answer", retry_after_s=RETRY_AFTER_S)
+
+
+async def _log_problem(_: Request, error: Exception) -> Any:
+    logger.error("commit log cannot be read on", exc_info=error)
+    detail = "the commit log of this data set cannot be read; others are served"
+    return ProblemResponse(503, detail, retry_after_s=RETRY_AFTER_S)
 
 
 async def _unexpected_problem(_: Request, __: Exception) -> Any:
