@@ -99,7 +99,7 @@ def test_batches_complete_over_the_store_though_a_worker_is_killed(
     decided = stack.decided()
     assert len(decided) == len(set(decided)) == FIRST + SECOND + counts(client, late)["committed"]
     assert [r.seq for r in stack.records()] == list(range(1, len(stack.records()) + 1))
-    verify(stack)
+    verify(stack, most_orphans=1)
 
 
 def check_shards(client: httpx.Client, stack: Any) -> None:
@@ -117,12 +117,13 @@ def check_shards(client: httpx.Client, stack: Any) -> None:
         assert b"".join(answer.content for answer in ranges) == data
 
 
-def verify(stack: Any) -> None:
-    """What the command says of the data set."""
+def verify(stack: Any, *, most_orphans: int = 0) -> None:
+    """What the command says of the data set; a killed worker may leave an orphan."""
     root = str(stack.settings.root)
     result = CliRunner().invoke(app, ["dataset", "verify", "birds", "--root", root, "--json"])
     report = json.loads(result.output)
-    assert (result.exit_code, report["damage"], report["leftovers"]) == (0, [], [])
+    assert len(report["leftovers"]) <= most_orphans
+    assert (result.exit_code, report["damage"]) == (len(report["leftovers"]), [])
     assert report["duplicated"] == report["undecided"] == report["failed"] == 0
     assert report["committed"] + report["cancelled"] == report["accepted"]
 
