@@ -301,6 +301,21 @@ def test_scheduler_options_are_followed_and_unknown_ones_named(folders: Any) -> 
 
 
 @pytest.mark.parametrize(
+    ("config", "options", "clips"),
+    [
+        (diffusers.DPMSolverMultistepScheduler().config, {}, False),
+        (diffusers.EulerDiscreteScheduler().config, {}, False),
+        (diffusers.DDIMScheduler(clip_sample=True).config, {}, True),
+        (diffusers.EulerDiscreteScheduler().config, {"clip_sample": True}, True),
+    ],
+)
+def test_ddim_clips_latents_only_where_it_is_told_to(
+    config: Any, options: dict[str, bool], clips: bool
+) -> None:
+    assert make_scheduler("ddim", config, options, []).config.clip_sample is clips
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"channels_last": True},

@@ -71,7 +71,9 @@ def _parameters(kind: type) -> set[str]:
 
 
 def _translated(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A flow model's configuration in the words of the other scheduler that can follow it."""
+    """What a model's configuration says, or leaves open, in the words of another scheduler."""
+    if name == "ddim" and "clip_sample" not in config:
+        return {"clip_sample": False}  # its default is for pixels; latents go far beyond 1
     if name == "flow-match" and "flow_shift" in config:
         return {"shift": config["flow_shift"]}
     if name == "dpm++" and "shift" in config:
