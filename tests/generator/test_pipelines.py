@@ -135,6 +135,16 @@ def test_a_batch_is_what_the_pipeline_makes_one_by_one(
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+def test_every_sampler_takes_few_steps_or_says_why_not(folders: Any, kind: str) -> None:
+    synthesizer = load_synthesizer(config(folders(kind)), device="cpu")
+    for sampler in synthesizer._family.kind.samplers:
+        for steps in (1, 2):
+            wanted = recipe(sampler, 2.0, num_inference_steps=steps)
+            (result,) = make(synthesizer, TASKS[:1], wanted)
+            assert not isinstance(result, PermanentPromptError) or "at least" in str(result)
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_an_image_does_not_depend_on_what_is_made_beside_it(folders: Any, kind: str) -> None:
     synthesizer = load_synthesizer(config(folders(kind)), device="cpu")
     # The last of its samplers is the one that adds noise, if any does.
@@ -192,6 +202,7 @@ def test_a_negative_prompt_is_heeded(folders: Any, kind: str) -> None:
         ("lcm", recipe("euler", 8.0), "it takes lcm"),
         ("lcm", recipe("lcm", 8.0, num_inference_steps=51), "at most 50 steps"),
         ("flux-dev", recipe("flow-match", 3.5, negative_prompt="a bee"), "no negative prompt"),
+        ("pixart", recipe("dpm++", 4.5, num_inference_steps=1), "at least 2 steps"),
     ],
 )
 def test_what_a_model_cannot_do_fails_with_a_reason(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from synthrep_generator.pipelines.family import Embeddings, Family, Text, rows
-from synthrep_generator.synthesis import CaptionFit
+from synthrep_generator.synthesis import CaptionFit, Recipe
 
 _SANA_TOKENS = 300
 # Captions, sizes and embeddings are taken as they come, nothing in their place.
@@ -21,6 +21,7 @@ class PixArt(Family):
 
     texts_at_once = 16
     tokens: ClassVar[int] = 120
+    least_dpm_steps: ClassVar[int] = 2
     step_argument = "callback"
     arguments: ClassVar[dict[str, Any]] = _AS_GIVEN
 
@@ -42,6 +43,12 @@ class PixArt(Family):
     def fit(self, prompt: str) -> CaptionFit:
         """See Family; the pipeline writes captions in small letters."""
         return super().fit(prompt.lower().strip())
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """See Family; of a single step the pipeline takes what dpm++ does not give."""
+        if recipe.scheduler == "dpm++" and recipe.num_inference_steps < self.least_dpm_steps:
+            return f"the scheduler dpm++ takes at least {self.least_dpm_steps} steps on this model"
+        return super().refusal(recipe)
 
 
 class PixArtSigma(PixArt):
