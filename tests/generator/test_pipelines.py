@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -375,6 +376,34 @@ def test_a_cpu_that_multiplies_bf16_uses_it(
     assert choose_dtype(ModelConfig(path=path), cpu) == chosen
     assert choose_dtype(ModelConfig(path=path, dtype="fp32"), cpu) == torch.float32
     assert choose_dtype(ModelConfig(path=path, dtype="bf16"), cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("multiplies", "chosen"), [(True, "bfloat16"), (False, "float16")])
+def test_a_card_that_only_imitates_bf16_takes_fp16(
+    multiplies: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return multiplies or including_emulation
+
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(device))
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    card = torch.device("cuda:1")
+    assert choose_dtype(ModelConfig(path=Path("model")), card) == getattr(torch, chosen)
+    assert asked == [card]  # cards of one machine differ
+
+
+def test_the_encoder_of_sana_is_spared_fp16(folders: Any) -> None:
+    pipeline = load_synthesizer(config(folders("sana"), dtype="fp16"), device="cpu")._pipeline
+    assert (pipeline.text_encoder.dtype, pipeline.transformer.dtype) == (
+        torch.bfloat16,
+        torch.float16,
+    )
+    others = load_synthesizer(config(folders("pixart"), dtype="fp16"), device="cpu")._pipeline
+    assert others.text_encoder.dtype == torch.float16
 
 
 def test_tiny_in_bf16_makes_the_same_images_within_two_grey_levels() -> None:

@@ -34,6 +34,7 @@ class Family(ABC):
     """
 
     texts_at_once: ClassVar[int] = 256
+    encodes_in_fp16: ClassVar[bool] = True  # or its numbers grow too large for that
     step_argument: ClassVar[str] = "callback_on_step_end"
     arguments: ClassVar[dict[str, Any]] = {"callback_on_step_end_tensor_inputs": []}
 

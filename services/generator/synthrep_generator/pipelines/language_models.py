@@ -55,12 +55,14 @@ class PixArtSigma(PixArt):
     """PixArtSigmaPipeline: T5 of 300 tokens."""
 
     tokens = 300
+    least_dpm_steps = 1
 
 
 class Sana(Family):
     """SanaPipeline: Gemma, told to enrich the caption; latents of an AutoencoderDC."""
 
     texts_at_once = 16
+    encodes_in_fp16 = False
     arguments: ClassVar[dict[str, Any]] = {**Family.arguments, **_AS_GIVEN}
 
     @property

@@ -53,6 +53,9 @@ def load_family(model: ModelConfig, device: torch.device) -> Family:
     _quieten()
     family, unused = _read_index(model)
     pipeline_class = getattr(diffusers, family)
+    dtype = encoders = choose_dtype(model, device)
+    if dtype == torch.float16 and not FAMILIES[family].encodes_in_fp16:
+        encoders = torch.bfloat16
     try:
         pipeline = pipeline_class.from_pretrained(
             model.path,
@@ -60,7 +63,7 @@ def load_family(model: ModelConfig, device: torch.device) -> Family:
             use_safetensors=True,
             variant=model.variant,
             # Decoding in half precision shows as bands; it is a small part of the work.
-            dtype={"vae": torch.float32, "default": choose_dtype(model, device)},
+            dtype={"vae": torch.float32, "text_encoder": encoders, "default": dtype},
             **dict.fromkeys(unused),
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -78,7 +81,9 @@ def choose_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     if model.dtype != "auto":
         return _DTYPES[model.dtype]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with torch.cuda.device(device):  # which need not be the current one
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
