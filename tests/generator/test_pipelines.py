@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load, load_file, save_file  # noqa: E402
+from safetensors.torch import save as save_tensors  # noqa: E402
 
 from synthrep_generator.diffusion import load_synthesizer  # noqa: E402
 from synthrep_generator.errors import (  # noqa: E402
@@ -24,7 +25,7 @@ from synthrep_generator.errors import (  # noqa: E402
     ModelFilesMissingError,
     PermanentPromptError,
 )
-from synthrep_generator.model_files import MANIFEST, Manifest  # noqa: E402
+from synthrep_generator.model_files import MANIFEST, Manifest, check_recipe  # noqa: E402
 from synthrep_generator.pipelines.family import Text  # noqa: E402
 from synthrep_generator.pipelines.loading import choose_dtype  # noqa: E402
 from synthrep_generator.pipelines.samplers import make_scheduler  # noqa: E402
@@ -441,6 +442,79 @@ def test_the_revision_is_that_of_the_manifest_where_there_is_one(
     manifest = Manifest(alias="m", repo="a/m", revision="f" * 40, licence="", files=())
     (model / MANIFEST).write_text(manifest.model_dump_json())
     assert load_synthesizer(config(model, revision="mine"), device="cpu").revision == "f" * 40
+
+
+def broken(folder: Path, target: Path, part: str, change: Any) -> ModelConfig:
+    """A copy of a model in which `change` gives the new content of a file, or None to remove it."""
+    shutil.copytree(folder, target)
+    file = target / part
+    if (data := change(file.read_bytes())) is None:
+        file.unlink()
+    else:
+        file.write_bytes(data)
+    return config(target, scheduler=DEFAULTS[folder.name])
+
+
+def without_a_tensor(data: bytes) -> bytes:
+    weights = load(data)
+    weights.pop(min(weights))
+    return bytes(save_tensors(weights))
+
+
+JSON_FILES = ["model_index.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json",
+              "tokenizer/tokenizer.json", "unet/config.json", "vae/config.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", JSON_FILES)
+@pytest.mark.parametrize("data", [b"null", b"5", b"{", b"[" * 100_000, b"\xff"])
+def test_a_damaged_description_is_a_model_that_is_not_here(
+    folders: Any, tmp_path: Path, part: str, data: bytes
+) -> None:
+    model = broken(folders("sd15"), tmp_path / "sd15", part, lambda _: data)
+    with pytest.raises(ModelFilesMissingError):
+        load_synthesizer(model, device="cpu")
+    check_recipe(model, scheduler="ddim", negative_prompt="")  # which is for workers to judge
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": ["StableDiffusionPipeline"]},
+        {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers"]},
+        {"_class_name": "StableDiffusionPipeline", "unet": [["diffusers"], "UNet2DConditionModel"]},
+        {"_class_name": "StableDiffusionPipeline", "unet": {"class": "UNet2DConditionModel"}},
+        {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "NoSuchModel"]},
+    ],
+)
+def test_a_malformed_index_is_a_model_that_is_not_here(
+    folders: Any, tmp_path: Path, index: dict[str, Any]
+) -> None:
+    text = json.dumps(index).encode()
+    model = broken(folders("sd15"), tmp_path / "sd15", "model_index.json", lambda _: text)
+    with pytest.raises(ModelFilesMissingError):
+        load_synthesizer(model, device="cpu")
+    if isinstance(index["_class_name"], list):
+        check_recipe(model, scheduler="flow-match", negative_prompt="")
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "change", "reason"),
+    [
+        ("sd15", "tokenizer/tokenizer.json", lambda _: None, "tokenizer of .* knows no words"),
+        ("sana", "tokenizer/tokenizer.json", lambda _: None, "tokenizer of .* knows no words"),
+        ("sd15", "tokenizer/tokenizer_config.json", lambda _: None, "to the 12 tokens"),
+        ("sd15", "text_encoder/model.safetensors", without_a_tensor, "encoder of .* has no"),
+        ("sd3", "text_encoder_3/model.safetensors", without_a_tensor, "encoder_3 of .* has no"),
+        ("sd15", "unet/diffusion_pytorch_model.safetensors", without_a_tensor, "unet of .* has no"),
+        ("sana", "vae/diffusion_pytorch_model.safetensors", without_a_tensor, "vae of .* has no"),
+    ],
+)
+def test_what_a_model_lacks_is_not_made_up(
+    folders: Any, tmp_path: Path, kind: str, file: str, change: Any, reason: str
+) -> None:
+    model = broken(folders(kind), tmp_path / kind, file, change)
+    with pytest.raises(ModelFilesMissingError, match=reason):
+        load_synthesizer(model, device="cpu")
 
 
 def test_noise_has_the_shape_of_the_latents(folders: Any) -> None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -68,6 +69,15 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise ModelFilesMissingError(f"{folder / MANIFEST} is malformed") from error
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """What a model's folder says of its pipeline; None where there is nothing readable."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return index if isinstance(index, dict) else None
 
 
 def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
@@ -136,11 +146,8 @@ def check_recipe(model: ModelConfig, *, scheduler: str | None, negative_prompt: 
 
     A service without the files lets the worker judge, which records the prompts as failed.
     """
-    try:
-        index = json.loads((model.path / "model_index.json").read_text())
-    except (OSError, ValueError):
-        return
-    kind = KINDS.get(index.get("_class_name"))
+    index = read_index(model.path)
+    kind = None if index is None else KINDS.get(str(index.get("_class_name")))
     if kind is not None and (reason := kind.refusal(scheduler or "", negative_prompt)):
         raise ModelConfigError(reason)
 

@@ -5,7 +5,6 @@ Nothing is fetched and no code is taken from the model's folder.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import diffusers
@@ -15,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from synthrep_generator.errors import ModelConfigError, ModelFilesMissingError
+from synthrep_generator.model_files import read_index
 from synthrep_generator.pipelines.family import Family
 from synthrep_generator.pipelines.flow_matching import Flux, StableDiffusion3
 from synthrep_generator.pipelines.language_models import PixArt, PixArtSigma, Sana
 from synthrep_generator.pipelines.linears import take_onednn
+from synthrep_generator.pipelines.parts import check_parts, load_encoders
 from synthrep_generator.pipelines.samplers import check_options
 from synthrep_generator.pipelines.stable_diffusion import (
     LatentConsistency,
@@ -38,7 +39,7 @@ FAMILIES: dict[str, type[Family]] = {
     "PixArtSigmaPipeline": PixArtSigma,
     "SanaPipeline": Sana,
 }
-_TRUSTED_LIBRARIES = {"diffusers", "transformers", None}  # None: the part is absent
+_TRUSTED_LIBRARIES = ("diffusers", "transformers", None)  # None: the part is absent
 _UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 _BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,27 +48,31 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load_family(model: ModelConfig, device: torch.device) -> Family:
     """The model of a folder on the device, made up as configured.
 
-    Raises ModelFilesMissingError if the folder holds no pipeline of a known kind and of
+    Raises ModelFilesMissingError if the folder holds no whole pipeline of a known kind and of
     safetensors, ModelConfigError if what is configured does not fit it.
     """
     _quieten()
-    family, unused = _read_index(model)
-    pipeline_class = getattr(diffusers, family)
-    dtype = encoders = choose_dtype(model, device)
-    if dtype == torch.float16 and not FAMILIES[family].encodes_in_fp16:
-        encoders = torch.bfloat16
+    family, parts = _read_index(model)
+    unused = parts.keys() & _UNUSED_PARTS
+    used = {name: part for name, part in parts.items() if name not in unused}
+    dtypes = _choose_dtypes(FAMILIES[family], model, device)
     try:
-        pipeline = pipeline_class.from_pretrained(
+        encoders = load_encoders(model, used, dtypes)
+        pipeline = getattr(diffusers, family).from_pretrained(
             model.path,
             local_files_only=True,
             use_safetensors=True,
             variant=model.variant,
-            # Decoding in half precision shows as bands; it is a small part of the work.
-            dtype={"vae": torch.float32, "text_encoder": encoders, "default": dtype},
+            dtype=dtypes,
             **dict.fromkeys(unused),
+            **encoders,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except ModelFilesMissingError:
+        raise
+    # What a damaged file leads to is any error, of the tokenizers a bare Exception.
+    except Exception as error:
         raise ModelFilesMissingError(f"cannot load {model.path}: {error}") from error
+    check_parts(pipeline, model.path)
     pipeline.set_progress_bar_config(disable=True)
     _fuse_loras(pipeline, model)
     loaded = FAMILIES[family](pipeline.to(device))
@@ -87,6 +92,17 @@ def choose_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
 
 
+def _choose_dtypes(
+    family: type[Family], model: ModelConfig, device: torch.device
+) -> dict[str, torch.dtype]:
+    """Number formats by part."""
+    # Decoding in half precision shows as bands; it is a small part of the work.
+    dtypes = {"vae": torch.float32, "default": choose_dtype(model, device)}
+    if dtypes["default"] == torch.float16 and not family.encodes_in_fp16:
+        dtypes["text_encoder"] = torch.bfloat16
+    return dtypes
+
+
 def _cpu_multiplies_bf16() -> bool:
     """Whether bf16 is faster than fp32: a CPU without the instructions takes 50 times as long."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
@@ -95,21 +111,20 @@ def _cpu_multiplies_bf16() -> bool:
     return any(found.get(name, False) for name in _BF16_CAPABILITIES)
 
 
-def _read_index(model: ModelConfig) -> tuple[str, list[str]]:
-    """The pipeline's class and the parts to leave out; checks that the others can be trusted."""
-    try:
-        index = json.loads((model.path / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelFilesMissingError(f"no readable model_index.json in {model.path}") from error
+def _read_index(model: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The pipeline's class and its parts; checks that those in use can be trusted."""
+    index = read_index(model.path)
+    if index is None:
+        raise ModelFilesMissingError(f"no readable model_index.json in {model.path}")
     family = index.get("_class_name")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ModelFilesMissingError(f"{model.path} holds a {family}; expected one of {known}")
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
-    for name, (library, _) in parts.items():
-        if library not in _TRUSTED_LIBRARIES and name not in _UNUSED_PARTS:
-            raise ModelFilesMissingError(f"{model.path}: part {name} comes from {library!r}")
-    return family, [name for name in _UNUSED_PARTS if name in parts]
+    for name, value in parts.items():
+        if name not in _UNUSED_PARTS and (len(value) != 2 or value[0] not in _TRUSTED_LIBRARIES):
+            raise ModelFilesMissingError(f"{model.path}: part {name} comes from {value[:1]}")
+    return family, parts
 
 
 def _fuse_loras(pipeline: Any, model: ModelConfig) -> None:

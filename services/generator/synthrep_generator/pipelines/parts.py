@@ -1,0 +1,85 @@
+"""Parts of a pipeline that must be whole, since the libraries make up what is missing.
+
+transformers fills weights that a file lacks with random numbers, and gives a tokenizer without its
+vocabulary: images would be made, of nothing that the captions say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from synthrep_generator.errors import ModelFilesMissingError
+from synthrep_generator.settings import ModelConfig
+
+_PROBE = "a photo of a dog"
+_CLIP = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
+
+
+def load_encoders(
+    model: ModelConfig, parts: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    """The text encoders among the parts of the model's index, on the CPU.
+
+    Raises ModelFilesMissingError if a file lacks weights, and whatever transformers raises.
+    """
+    encoders = {}
+    for name, (library, class_name) in parts.items():
+        kind = _network_class(str(class_name)) if library == "transformers" else None
+        if kind is None:
+            continue
+        folder = model.path / name
+        has_variant = any(folder.glob(f"*.{model.variant}[.-]*safetensors"))
+        encoders[name], report = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=model.variant if has_variant else None,
+            dtype=dtypes.get(name, dtypes["default"]),
+            output_loading_info=True,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ModelFilesMissingError(f"{name} of {model.path} has no {missing[0]}")
+    return encoders
+
+
+def _network_class(name: str) -> Any:
+    kind = getattr(transformers, name)
+    is_network = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if is_network else None
+
+
+def check_parts(pipeline: Any, folder: Path) -> None:
+    """Raises ModelFilesMissingError if a tokenizer is not whole, or a network lacks weights."""
+    for name, part in pipeline.components.items():
+        reason = None
+        if isinstance(part, transformers.PreTrainedTokenizerBase):
+            encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+            reason = _tokenizer_trouble(part, encoder)
+        elif isinstance(part, nn.Module):
+            reason = _weights_trouble(part)
+        if reason is not None:
+            raise ModelFilesMissingError(f"{name} of {folder} {reason}")
+
+
+def _tokenizer_trouble(tokenizer: Any, encoder: Any) -> str | None:
+    words = set(tokenizer(_PROBE, add_special_tokens=False).input_ids)
+    if words <= set(tokenizer.all_special_ids):
+        return "knows no words"
+    if isinstance(encoder, _CLIP):
+        window = encoder.config.max_position_embeddings
+        if tokenizer.model_max_length > window:
+            return f"does not cut captions to the {window} tokens that its encoder takes"
+    return None
+
+
+def _weights_trouble(network: nn.Module) -> str | None:
+    for name, weight in network.named_parameters():
+        if weight.is_meta:
+            return f"has no {name}"
+    return None
