@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from synthrep_generator import device_process
 from synthrep_generator.chunks import Place, chunk_from_places
-from synthrep_generator.device_process import DeviceProcess, is_device_fault, private_bytes
+from synthrep_generator.device_process import (
+    DeviceProcess,
+    is_device_fault,
+    private_bytes,
+    warm_up,
+)
 from synthrep_generator.pipe import Channel, Finished, Message, Ready
+from synthrep_generator.settings import ModelConfig
+from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Recipe
 
 
 class AcceleratorError(RuntimeError):
@@ -101,3 +109,19 @@ def test_judges_are_loaded_before_a_run_is_ready(
     assert sent[0] == "judges"  # from Ready on, silence counts as a hang
     assert isinstance(sent[1], Ready)
     assert sent[-1].committed == 1
+
+
+@pytest.mark.parametrize(("compiles", "sizes"), [(False, [1]), (True, [1, 8, 4])])
+def test_what_is_compiled_for_a_full_pass_is_compiled_before_the_first_one(
+    compiles: bool, sizes: list[int]
+) -> None:
+    passes: list[int] = []
+
+    class Counting(FakeSynthesizer):
+        def generate(self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Any) -> list[Any]:
+            passes.append(len(tasks))
+            return super().generate(tasks, recipe, on_step)
+
+    model = ModelConfig(path=Path("absent"), compile=compiles)
+    warm_up(Counting(store_px=8, batch_images=8), model)
+    assert passes == sizes

@@ -241,16 +241,17 @@ def make_synthesizer(settings: GeneratorSettings, alias: str, model: ModelConfig
 
 
 def warm_up(synthesizer: Synthesizer, model: ModelConfig) -> None:
-    """Make one image, so that a device that cannot is found out before a prompt gets the blame."""
-    recipe = Recipe(
-        guidance_scale=model.guidance_scale,
-        num_inference_steps=model.num_inference_steps,
-        scheduler=model.scheduler,
-        negative_prompt="",
-    )
-    (result,) = synthesizer.generate([_WARM_UP], recipe, lambda: None)
-    if isinstance(result, Exception):
-        raise OSError(f"the model does not work on {synthesizer.device}: {result}")
+    """Make one image, so that a device that cannot is found out before a prompt gets the blame.
+
+    Where kernels are compiled, make as many as a pass takes, too, and half of them: for each of the
+    first sizes there is much to compile, in a silence that would count as a hang later.
+    """
+    recipe = Recipe(model.guidance_scale, model.num_inference_steps, model.scheduler, "")
+    most = synthesizer.batch_images if model.compile else 1
+    for size in dict.fromkeys((1, most, most // 2 or 1)):
+        for result in synthesizer.generate([_WARM_UP] * size, recipe, lambda: None):
+            if isinstance(result, Exception):
+                raise OSError(f"the model does not work on {synthesizer.device}: {result}")
 
 
 def is_device_fault(error: Exception) -> bool:
