@@ -69,13 +69,22 @@ def test_sizes_are_remembered_beside_each_other(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["sizes.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 0}', '{"a": "many"}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"a": 0}', '{"a": "many"}', "{", '{"a": true}', '{"a": 4096}', "[" * 100_000],
+)
 def test_a_broken_file_is_as_none(tmp_path: Path, text: str) -> None:
     file = tmp_path / "sizes.json"
     file.write_text(text)
     assert BatchSizes(file).get("a") is None
     BatchSizes(file).put("a", 2)
     assert BatchSizes(file).get("a") == 2
+
+
+def test_a_size_that_cannot_be_written_leaves_no_file_behind(tmp_path: Path) -> None:
+    (tmp_path / "sizes.json").mkdir()  # a folder is in the way
+    BatchSizes(tmp_path / "sizes.json").put("a", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["sizes.json"]
 
 
 def test_nothing_is_remembered_without_a_place(tmp_path: Path) -> None:

@@ -70,9 +70,12 @@ class BatchSizes:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             number, name = tempfile.mkstemp(dir=self._file.parent)
-            with os.fdopen(number, "w") as stream:
-                json.dump(sizes, stream, indent=1, sort_keys=True)
-            Path(name).replace(self._file)
+            try:
+                with os.fdopen(number, "w") as stream:
+                    json.dump(sizes, stream, indent=1, sort_keys=True)
+                Path(name).replace(self._file)
+            finally:
+                Path(name).unlink(missing_ok=True)
         except OSError as error:
             logger.warning("batch size not remembered", extra={"error": str(error)})
 
@@ -81,8 +84,9 @@ class BatchSizes:
             return {}
         try:
             sizes = json.loads(self._file.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(sizes, dict):
             return {}
-        return {k: v for k, v in sizes.items() if isinstance(v, int) and v > 0}
+        # Others were not found by a search: a pass of thousands may end a process on a CPU.
+        return {k: v for k, v in sizes.items() if type(v) is int and 0 < v <= _MOST_IMAGES}
