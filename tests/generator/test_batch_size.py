@@ -124,7 +124,11 @@ def test_a_model_is_searched_once_for_each_way_to_run_it(
     assert load(dtype="bf16").batch_images == 5
     assert load(attention="math").batch_images == 6
     assert load(device_batch_images=2).batch_images == 2
-    assert len(json.loads((tmp_path / "sizes.json").read_text())) == 4
+    other = tmp_path / "other" / "sd15"  # another model's folder may have the same name
+    other.parent.mkdir()
+    other.symlink_to(tmp_path / "sd15")
+    assert load(path=other).batch_images == 7
+    assert len(json.loads((tmp_path / "sizes.json").read_text())) == 5
 
 
 def test_a_size_that_was_too_large_is_remembered_halved(

@@ -233,7 +233,8 @@ class DiffusersSynthesizer:
         name = self._device.type
         if name == "cuda":
             name = torch.cuda.get_device_name(self._device)
-        marks = [model.path.name, self._revision, name, f"{model.generate_px}px", self.dtype]
+        marks = [str(model.path.absolute()), self._revision, name]
+        marks += [f"{model.generate_px}px", self.dtype]
         marks += [model.attention, "compiled"] if model.compile else [model.attention]
         return " ".join(marks)
 
