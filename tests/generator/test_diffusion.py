@@ -258,6 +258,29 @@ def test_out_of_memory_halves_the_batch(folder: Path, monkeypatch: pytest.Monkey
         make(synthesizer, tasks[:1], recipe(num_inference_steps=1))
 
 
+def test_each_image_tells_the_pass_that_made_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesizer = load_synthesizer(config(folder, device_batch_images=8), device="cpu")
+    original, calls = synthesizer._denoise, iter(range(99))
+
+    def limited(tasks: Sequence[ImageTask], *args: Any) -> Any:
+        if next(calls) in (0, 2):  # the second half of the pass needs more than the first
+            raise torch.OutOfMemoryError
+        latents = original(tasks, *args)
+        latents[0] = float("nan")
+        return latents
+
+    monkeypatch.setattr(synthesizer, "_denoise", limited)
+    prompts = ["a bird " * 40, *["a bird"] * 7]
+    tasks = [ImageTask(prompt, seed) for seed, prompt in enumerate(prompts)]
+    refuse = recipe(num_inference_steps=1, long_captions="refuse")
+    pending = synthesizer.start(tasks, refuse, lambda: None)
+    failed = [isinstance(result, PermanentPromptError) for result in pending.results()]
+    assert failed == [True, True, False, False, True, True, True, True]
+    assert pending.shared_by == [0, 3, 3, 3, 1, 1, 1, 1]
+
+
 def test_a_run_that_was_stopped_leaves_nothing_behind(synthesizer: Any) -> None:
     task, wanted = ImageTask("a bird", 1), recipe(scheduler="dpm++")
     before = make(synthesizer, [task], wanted)[0]

@@ -274,6 +274,7 @@ class Late(FakeSynthesizer):
 
         class Pending:
             is_ready = False
+            shared_by = [len(tasks)] * len(tasks)
 
             def results(self) -> list[Any]:
                 events.append(f"taken {number}")

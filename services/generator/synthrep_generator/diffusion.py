@@ -132,7 +132,7 @@ class DiffusersSynthesizer:
         Raises torch.OutOfMemoryError if not even one image fits.
         """
         if reason := self._family.refusal(recipe):
-            return ReadyImages([PermanentPromptError(reason) for _ in tasks])
+            return ReadyImages([PermanentPromptError(reason) for _ in tasks], self._max_batch)
         refusals = [refuse_long(self.caption_fit(task.prompt), recipe) for task in tasks]
         wanted = [task for task, no in zip(tasks, refusals, strict=True) if no is None]
         return _Pending(refusals, self._make(wanted, recipe, on_step), self._decoding)
@@ -268,6 +268,12 @@ class _Pending:
     @property
     def is_ready(self) -> bool:
         return all(decoding.is_ready for decoding in self.decodings)
+
+    @property
+    def shared_by(self) -> list[int]:
+        sizes = [len(decoding.finite) for decoding in self.decodings]
+        places = iter([size for size in sizes for _ in range(size)])
+        return [next(places) if no is None else 0 for no in self.refusals]
 
     def results(self) -> list[Pixels | PermanentPromptError]:
         with self.decoding():

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import repeat
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -151,7 +150,7 @@ class _Run:
         self._shots = [Shot(group, k) for group in request.groups for k in range(group.num_images)]
         asked = request.settings.quality_gate
         self._gate = Gate(asked, bench.judges, capacity=len(self._shots)) if asked else None
-        self._begun: tuple[Sequence[Shot], PendingImages, int] | None = None
+        self._begun: tuple[Sequence[Shot], PendingImages] | None = None
         self.filtered: Counter[str] = Counter()
 
     def make_images(self) -> None:
@@ -175,22 +174,20 @@ class _Run:
             pending = bench.synthesizer.start(tasks, self._recipe, bench.watch.step)
         finally:  # also where the job is stopped: those images are made
             refused = self._take()
-        self._begun = (shots, pending, bench.synthesizer.batch_images)
+        self._begun = (shots, pending)
         return refused + self._take() if pending.is_ready else refused
 
     def _take(self) -> list[Shot]:
         """Wait for the images of the pass that was begun; returns the shots that were refused."""
         if self._begun is None:
             return []
-        (shots, pending, batch_images), self._begun = self._begun, None
-        shelf, images = self.shelf, list[tuple[Shot, Pixels]]()
-        for shot, result in zip(shots, pending.results(), strict=True):
+        (shots, pending), self._begun = self._begun, None
+        shelf, made = self.shelf, list[_Made]()
+        for shot, result, size in zip(shots, pending.results(), pending.shared_by, strict=True):
             if isinstance(result, PermanentPromptError):
                 shelf.give_up(shot, str(result))
             else:
-                images.append((shot, result))
-        sizes = _pass_sizes(len(images), batch_images)
-        made = [(*image, size) for image, size in zip(images, sizes, strict=True)]
+                made.append((shot, result, size))
         kept, refused = self._judge(made)
         for shot, pixels, size in kept:
             if pixels.min() == pixels.max():
@@ -217,13 +214,6 @@ class _Run:
             else:
                 self.shelf.give_up(shot, f"filtered: {refusal.reason}")
         return kept, refused
-
-
-def _pass_sizes(num_images: int, batch_images: int) -> Iterator[int]:
-    """How many images shared the device with each, where it took so many at a time."""
-    for start in range(0, num_images, batch_images):
-        size = min(batch_images, num_images - start)
-        yield from repeat(size, size)
 
 
 def _members(

@@ -89,6 +89,11 @@ class PendingImages(Protocol):
         """Whether `results` would not wait."""
         ...
 
+    @property
+    def shared_by(self) -> list[int]:
+        """For each task, how many images were in the device at once; 0 where none was made."""
+        ...
+
     def results(self) -> list[Pixels | PermanentPromptError]:
         """One result per task, in order."""
         ...
@@ -96,10 +101,22 @@ class PendingImages(Protocol):
 
 @dataclass(frozen=True)
 class ReadyImages:
-    """See PendingImages; they are all there."""
+    """See PendingImages; they are all there, made so many at once."""
 
     made: list[Pixels | PermanentPromptError]
+    batch_images: int
     is_ready = True
+
+    @property
+    def shared_by(self) -> list[int]:
+        """See PendingImages; what is refused takes no place."""
+        is_made = [not isinstance(result, PermanentPromptError) for result in self.made]
+        left, sizes = sum(is_made), list[int]()
+        while left:
+            sizes += [min(left, self.batch_images)] * min(left, self.batch_images)
+            left -= min(left, self.batch_images)
+        places = iter(sizes)
+        return [next(places) if each else 0 for each in is_made]
 
     def results(self) -> list[Pixels | PermanentPromptError]:
         """See PendingImages."""
@@ -209,7 +226,8 @@ class FakeSynthesizer:
         self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Callable[[], None]
     ) -> ReadyImages:
         """See Synthesizer."""
-        return ReadyImages(self.generate(tasks, recipe, on_step))
+        made = self.generate(tasks, recipe, on_step)
+        return ReadyImages(made, self.batch_images)
 
     def _make(self, task: ImageTask) -> Pixels | PermanentPromptError:
         if "[fake:refuse]" in task.prompt:
