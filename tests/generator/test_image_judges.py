@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 checkers = pytest.importorskip("diffusers.pipelines.stable_diffusion.safety_checker")
+
+from safetensors.torch import load_file, save  # noqa: E402
 
 from synthrep_generator.chunks import Place, chunk_from_places  # noqa: E402
 from synthrep_generator.errors import JudgeMissingError, ModelFilesMissingError  # noqa: E402
@@ -123,6 +126,47 @@ def test_folders_without_models_are_named(tmp_path: Path, clip: Path) -> None:
         ClipScorer(tmp_path / "absent", device="cpu")
     with pytest.raises(ModelFilesMissingError, match="absent"):
         SafetyChecker(SafetyFiles(tmp_path / "absent", clip), device="cpu")
+
+
+def without_a_tensor(file: Path) -> bytes:
+    weights = load_file(file)
+    weights.pop(min(weights))
+    return bytes(save(weights))
+
+
+@pytest.mark.parametrize("judge", ["clip", "checker"])
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("model.safetensors", without_a_tensor, "has no "),
+        ("config.json", lambda _: b"null", "cannot load"),
+        ("preprocessor_config.json", lambda _: b"[]", "cannot load"),
+    ],
+)
+def test_judges_that_are_not_whole_do_not_judge(
+    judge: str, tmp_path: Path, name: str, spoil: Any, reason: str, request: pytest.FixtureRequest
+) -> None:
+    """Weights that are missing would be random numbers: nobody would see unsafe images."""
+    folder = tmp_path / judge
+    shutil.copytree(request.getfixturevalue(judge), folder)
+    (folder / name).write_bytes(spoil(folder / name))
+    with pytest.raises(ModelFilesMissingError, match=reason):
+        load_judge(judge, folder)
+
+
+def load_judge(judge: str, folder: Path) -> Any:
+    if judge == "clip":
+        return ClipScorer(folder, device="cpu")
+    return SafetyChecker(SafetyFiles(folder, folder), device="cpu")
+
+
+def test_a_scorer_that_knows_no_words_does_not_judge(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    with pytest.raises(ModelFilesMissingError, match="knows no words"):
+        load_judge("clip", folder)
 
 
 def test_the_configured_checker_goes_before_the_model_s_own(tmp_path: Path, checker: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -16,6 +17,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from synthrep_generator.errors import ModelFilesMissingError
 from synthrep_generator.judge_files import SafetyFiles
+from synthrep_generator.pipelines.parts import knows_words, load_network
 from synthrep_generator.synthesis import Pixels
 
 
@@ -25,15 +27,8 @@ class SafetyChecker:
     def __init__(self, files: SafetyFiles, *, device: str) -> None:
         """Raises ModelFilesMissingError."""
         self._device = _device(device)
-        try:
-            self._processor = CLIPImageProcessor.from_pretrained(
-                files.processor, local_files_only=True
-            )
-            self._model = StableDiffusionSafetyChecker.from_pretrained(
-                files.checker, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise ModelFilesMissingError(f"cannot load {files.checker}: {error}") from error
+        self._processor = _load(CLIPImageProcessor, files.processor)
+        self._model = load_network(StableDiffusionSafetyChecker, files.checker, dtype=torch.float32)
         self._model.to(self._device).eval()
 
     @torch.inference_mode()
@@ -51,14 +46,11 @@ class ClipScorer:
     def __init__(self, folder: Path, *, device: str) -> None:
         """Raises ModelFilesMissingError."""
         self._device = _device(device)
-        try:
-            self._processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-            self._tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-            self._model = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise ModelFilesMissingError(f"cannot load {folder}: {error}") from error
+        self._processor = _load(CLIPImageProcessor, folder)
+        self._tokenizer = _load(CLIPTokenizerFast, folder)
+        if not knows_words(self._tokenizer):
+            raise ModelFilesMissingError(f"the tokenizer of {folder} knows no words")
+        self._model = load_network(CLIPModel, folder, dtype=torch.float32)
         self._model.to(self._device).eval()
 
     @torch.inference_mode()
@@ -78,6 +70,13 @@ class ClipScorer:
         rows = torch.tensor([texts.index(caption) for caption in captions], device=self._device)
         cosines: list[float] = F.cosine_similarity(of_images, of_texts[rows]).tolist()
         return cosines
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what a damaged file leads to is any error
+        raise ModelFilesMissingError(f"cannot load {folder}: {error}") from error
 
 
 def _device(name: str) -> torch.device:

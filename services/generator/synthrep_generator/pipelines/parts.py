@@ -26,26 +26,34 @@ def load_encoders(
 ) -> dict[str, Any]:
     """The text encoders among the parts of the model's index, on the CPU.
 
-    Raises ModelFilesMissingError if a file lacks weights, and whatever transformers raises.
+    Raises ModelFilesMissingError if one is not whole, and what names of no class lead to.
     """
     encoders = {}
     for name, (library, class_name) in parts.items():
         kind = _network_class(str(class_name)) if library == "transformers" else None
-        if kind is None:
-            continue
-        folder = model.path / name
-        has_variant = any(folder.glob(f"*.{model.variant}[.-]*safetensors"))
-        encoders[name], report = kind.from_pretrained(
+        if kind is not None:
+            folder, dtype = model.path / name, dtypes.get(name, dtypes["default"])
+            has_variant = any(folder.glob(f"*.{model.variant}[.-]*safetensors"))
+            variant = model.variant if has_variant else None
+            encoders[name] = load_network(kind, folder, dtype=dtype, variant=variant)
+    return encoders
+
+
+def load_network(kind: Any, folder: Path, **options: Any) -> Any:
+    """A network of transformers, from local safetensors; raises ModelFilesMissingError."""
+    try:
+        network, report = kind.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
-            variant=model.variant if has_variant else None,
-            dtype=dtypes.get(name, dtypes["default"]),
             output_loading_info=True,
+            **options,
         )
-        if missing := sorted(report["missing_keys"]):
-            raise ModelFilesMissingError(f"{name} of {model.path} has no {missing[0]}")
-    return encoders
+    except Exception as error:  # what a damaged file leads to is any error
+        raise ModelFilesMissingError(f"cannot load {folder}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelFilesMissingError(f"{folder} has no {missing[0]}")
+    return network
 
 
 def _network_class(name: str) -> Any:
@@ -67,9 +75,14 @@ def check_parts(pipeline: Any, folder: Path) -> None:
             raise ModelFilesMissingError(f"{name} of {folder} {reason}")
 
 
-def _tokenizer_trouble(tokenizer: Any, encoder: Any) -> str | None:
+def knows_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a vocabulary: without one it takes every text for unknown."""
     words = set(tokenizer(_PROBE, add_special_tokens=False).input_ids)
-    if words <= set(tokenizer.all_special_ids):
+    return not words <= set(tokenizer.all_special_ids)
+
+
+def _tokenizer_trouble(tokenizer: Any, encoder: Any) -> str | None:
+    if not knows_words(tokenizer):
         return "knows no words"
     if isinstance(encoder, _CLIP):
         window = encoder.config.max_position_embeddings
