@@ -352,6 +352,14 @@ def test_a_malformed_manifest_takes_no_other_model_along(tmp_path: Path) -> None
     assert list(usable_models(settings)) == ["tiny"]
 
 
+def test_a_manifest_that_cannot_be_read_is_a_model_that_is_not_here(tmp_path: Path) -> None:
+    settings = GeneratorSettings(model_cache=tmp_path)
+    (tmp_path / "sd15" / MANIFEST).mkdir(parents=True)
+    assert list(usable_models(settings)) == ["tiny"]
+    with pytest.raises(ModelFilesMissingError, match="cannot read"):
+        find_model(settings, "sd15")
+
+
 def test_a_pull_mends_a_malformed_manifest(hub: FakeHub, tmp_path: Path) -> None:
     first, _ = pull_model("m", ENTRY, tmp_path)
     (tmp_path / "m" / MANIFEST).write_text("")

@@ -60,11 +60,13 @@ def pull_command(alias: str) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a model's folder; None if it has none. ModelFilesMissingError: malformed."""
+    """The manifest of a model's folder; None if it has none. ModelFilesMissingError: no use."""
     try:
         text = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ModelFilesMissingError(f"cannot read {folder / MANIFEST}: {error}") from error
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -118,11 +120,9 @@ def find_model(settings: GeneratorSettings, alias: str) -> ModelConfig:
 def usable_models(settings: GeneratorSettings) -> dict[str, ModelConfig]:
     """Every model that clients may name, by alias: the configured ones and those in the cache."""
     found = dict(settings.models)
-    for alias in CATALOGUE:
-        folder = settings.model_cache.expanduser() / alias
-        if alias not in found and (folder / MANIFEST).exists():
-            with suppress(ModelFilesMissingError):
-                found[alias] = find_model(settings, alias)
+    for alias in [alias for alias in CATALOGUE if alias not in found]:
+        with suppress(ModelFilesMissingError):
+            found[alias] = find_model(settings, alias)
     return found
 
 
