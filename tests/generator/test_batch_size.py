@@ -16,10 +16,21 @@ from synthrep_generator.batch_size import BatchSizes, search_batch_size  # noqa:
 
 
 class Device:
-    """Takes a fixed time for a batch and another for each image; has room for so many."""
+    """Takes a fixed time for a batch and another for each image; has room for so many.
 
-    def __init__(self, *, fixed_s: float, image_s: float, room: int = 1 << 30) -> None:
+    The first batch of each size in `compile_s` takes that much longer.
+    """
+
+    def __init__(
+        self,
+        *,
+        fixed_s: float,
+        image_s: float,
+        room: int = 1 << 30,
+        compile_s: dict[int, float] | None = None,
+    ) -> None:
         self._fixed_s, self._image_s, self._room = fixed_s, image_s, room
+        self._compile_s = dict(compile_s or {})
         self.now_s = 0.0
         self.sizes: list[int] = []
 
@@ -27,7 +38,7 @@ class Device:
         self.sizes.append(images)
         if images > self._room:
             raise torch.OutOfMemoryError
-        seconds = self._fixed_s + images * self._image_s
+        seconds = self._fixed_s + images * self._image_s + self._compile_s.pop(images, 0.0)
         self.now_s += seconds
         return seconds
 
@@ -40,7 +51,13 @@ def test_it_doubles_while_images_a_second_grow() -> None:
     device = Device(fixed_s=1.0, image_s=0.1)
     # 64 images take 7.4 s, 128 take 13.8 s: seven percent more a second; then three.
     assert search(device) == 128
-    assert device.sizes == [1, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert device.sizes == [1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256]
+
+
+def test_what_a_size_costs_once_is_not_held_against_it() -> None:
+    compiles = {1: 95.0, 2: 60.0, 4: 40.0, 32: 0.5}
+    device = Device(fixed_s=0.2, image_s=0.001, compile_s=compiles)
+    assert search(device) == search(Device(fixed_s=0.2, image_s=0.001)) == 256
 
 
 def test_a_device_that_gains_nothing_gets_one_image() -> None:

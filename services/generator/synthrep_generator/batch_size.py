@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _GAIN = 1.05  # a doubling that makes less of it does not pay for slower answers to a stop
 _MOST_IMAGES = 256
 _PATIENCE_S = 90.0
+_REPEATS = 2  # of a size that seems to gain nothing
 
 
 def search_batch_size(
@@ -33,19 +34,26 @@ def search_batch_size(
     Ends early where the device has no memory for more or the search takes too long. Raises
     torch.OutOfMemoryError if not even one image fits.
     """
-    began = clock()
     seconds_of(1)  # first kernels, buffers and embeddings
+    began, lost_s = clock(), 0.0
     best, rate = 1, 1 / seconds_of(1)
-    while 2 * best <= most and (tried_s := clock() - began) < _PATIENCE_S:
+    while 2 * best <= most and clock() - began - lost_s < _PATIENCE_S:
+        tried_at = clock()
         try:
             seconds = seconds_of(2 * best)
+            for _ in range(_REPEATS):
+                if 2 * best / seconds >= _GAIN * rate:
+                    break
+                # There may have been kernels to choose or to compile, or another at work.
+                lost_s += clock() - tried_at
+                tried_at = clock()
+                seconds = min(seconds, seconds_of(2 * best))
         except torch.OutOfMemoryError:
             break
-        is_slow = clock() - began - tried_s > _PATIENCE_S / 3
         if 2 * best / seconds < _GAIN * rate:
             break
         best, rate = 2 * best, 2 * best / seconds
-        if is_slow:
+        if clock() - tried_at > _PATIENCE_S / 3:
             break
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
