@@ -291,7 +291,12 @@ def test_a_lora_changes_the_weights_by_its_scale(folders: Any, tmp_path: Path) -
 
 def test_a_lora_that_does_not_fit_is_refused(folders: Any, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
-    save_file({"unet.no_such_layer.lora_A.weight": torch.ones(2, 3)}, file)
+    layer = "unet.no_such_layer"
+    halves = {
+        f"{layer}.lora_A.weight": torch.ones(2, 3),
+        f"{layer}.lora_B.weight": torch.ones(3, 2),
+    }
+    save_file(halves, file)
     with pytest.raises(ModelConfigError, match="other.safetensors"):
         load_synthesizer(config(folders("sd15"), loras=[{"path": file}]), device="cpu")
     with pytest.raises(ModelConfigError, match="takes no LoRA"):
@@ -300,6 +305,15 @@ def test_a_lora_that_does_not_fit_is_refused(folders: Any, tmp_path: Path) -> No
     torch.save({}, pickle)
     with pytest.raises(ModelFilesMissingError, match="style.bin"):
         load_synthesizer(config(folders("sd15"), loras=[{"path": pickle}]), device="cpu")
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_half_a_lora_is_refused(folders: Any, tmp_path: Path, half: str) -> None:
+    file = lora_of(folders("sd15"), tmp_path / "style.safetensors")
+    weights = {name: value for name, value in load_file(file).items() if half in name}
+    save_file(weights, file)
+    with pytest.raises(ModelFilesMissingError, match="has no unet.down_blocks"):
+        load_synthesizer(config(folders("sd15"), loras=[{"path": str(file)}]), device="cpu")
 
 
 def test_scheduler_options_are_followed_and_unknown_ones_named(folders: Any) -> None:

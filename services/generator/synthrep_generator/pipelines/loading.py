@@ -19,7 +19,7 @@ from synthrep_generator.pipelines.family import Family
 from synthrep_generator.pipelines.flow_matching import Flux, StableDiffusion3
 from synthrep_generator.pipelines.language_models import PixArt, PixArtSigma, Sana
 from synthrep_generator.pipelines.linears import take_onednn
-from synthrep_generator.pipelines.parts import check_parts, load_encoders
+from synthrep_generator.pipelines.parts import check_parts, load_encoders, missing_halves
 from synthrep_generator.pipelines.samplers import check_options
 from synthrep_generator.pipelines.stable_diffusion import (
     LatentConsistency,
@@ -137,6 +137,8 @@ def _fuse_loras(pipeline: Any, model: ModelConfig) -> None:
             weights = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ModelFilesMissingError(f"cannot read the LoRA {file}: {error}") from error
+        if missing := missing_halves(weights):
+            raise ModelFilesMissingError(f"the LoRA {file} has no {missing[0]}")
         try:
             pipeline.load_lora_weights(weights)
         except (LookupError, ValueError, RuntimeError) as error:

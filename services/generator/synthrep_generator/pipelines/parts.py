@@ -1,12 +1,13 @@
 """Parts of a pipeline that must be whole, since the libraries make up what is missing.
 
 transformers fills weights that a file lacks with random numbers, and gives a tokenizer without its
-vocabulary: images would be made, of nothing that the captions say.
+vocabulary, peft takes for half of a LoRA what is in memory: images would be made, of nothing that
+the captions say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from synthrep_generator.errors import ModelFilesMissingError
 from synthrep_generator.settings import ModelConfig
 
 _PROBE = "a photo of a dog"
+_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 _CLIP = (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 
 
@@ -60,6 +62,18 @@ def _network_class(name: str) -> Any:
     kind = getattr(transformers, name)
     is_network = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     return kind if is_network else None
+
+
+def missing_halves(names: Collection[str]) -> list[str]:
+    """The weights that a LoRA lacks beside these: of each pair the library makes up the other."""
+    twins = []
+    for name in names:
+        for one, other in _HALVES:
+            if name.endswith(f"{one}.weight"):
+                twins.append(name.replace(one, other))
+            elif name.endswith(f"{other}.weight"):
+                twins.append(name.replace(other, one))
+    return sorted(set(twins).difference(names))
 
 
 def check_parts(pipeline: Any, folder: Path) -> None:
