@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 
 pytest.importorskip("huggingface_hub")
 
@@ -367,6 +368,12 @@ def test_a_pull_mends_a_malformed_manifest(hub: FakeHub, tmp_path: Path) -> None
     assert pull_model("m", ENTRY, tmp_path) == (first, True)
     assert hub.requests == []  # the files were here, and what the hub says
     assert read_manifest(tmp_path / "m") == first
+
+
+def test_an_unknown_field_of_a_catalogue_alias_is_named() -> None:
+    for field in ("alias", "model_cache", "steps"):
+        with pytest.raises(ValidationError, match=field):
+            GeneratorSettings.model_validate({"models": {"sd15": {field: "x"}}})
 
 
 def test_configured_fields_of_a_catalogue_alias_have_priority(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def _tiny() -> dict[str, ModelConfig]:
     }
 
 
-def catalogue_model(alias: str, model_cache: Path, **given: Any) -> dict[str, Any]:
+def catalogue_model(alias: str, model_cache: Path, /, **given: Any) -> dict[str, Any]:
     """Fields of a catalogue's model in the cache; those that are `given` have priority."""
     entry = CATALOGUE[alias]
     return {
