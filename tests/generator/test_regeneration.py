@@ -166,6 +166,12 @@ def test_what_is_no_image_is_refused(samples: list[Sample], settings: GeneratorS
         compare(encoded("PNG"), samples[0][1])
 
 
+def test_an_image_without_its_end_is_refused(samples: list[Sample]) -> None:
+    _, stored = samples[0]
+    with pytest.raises(StorageError, match="cannot be decoded"):
+        compare(stored[:-40], stored)
+
+
 def test_old_descriptions_still_parse(samples: list[Sample]) -> None:
     old = json.loads(samples[0][0].model_dump_json())
     for name in ("attempt", "batch_images", "image_quality"):

@@ -113,7 +113,10 @@ def _check_loras(sample: SampleMetadata, model: ModelConfig) -> None:
 
 def _pixels(data: bytes) -> Pixels:
     with _open(data) as image:
-        return np.asarray(image.convert("RGB"))
+        try:
+            return np.asarray(image.convert("RGB"))
+        except OSError as error:  # its end is missing
+            raise StorageError(f"the stored image cannot be decoded: {error}") from error
 
 
 def _open(data: bytes) -> Image.Image:
