@@ -225,6 +225,19 @@ def test_a_default_that_does_not_fit_the_model_stops_the_load(folders: Any) -> N
         load_synthesizer(config(folders("sd15"), generate_px=30), device="cpu")
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux-schnell", "flux-dev", "pixart", "pixart-sigma"])
+def test_a_side_that_a_model_cannot_make_stops_the_load(folders: Any, kind: str) -> None:
+    makes: list[int] = []
+    for side_px in range(SIDE_PX, 2 * SIDE_PX, 4):
+        with contextlib.suppress(ModelConfigError):
+            synthesizer = load_synthesizer(config(folders(kind), generate_px=side_px), device="cpu")
+            wanted = recipe(DEFAULTS[kind], 2.0, num_inference_steps=2)
+            assert make(synthesizer, TASKS[:1], wanted)[0].shape == (SIDE_PX, SIDE_PX, 3)
+            makes.append(side_px)
+    assert makes
+    assert makes[0] == SIDE_PX
+
+
 @pytest.mark.parametrize(
     ("kind", "sampler", "window", "words"),
     [("sd15", "ddim", 12, 11), ("sdxl", "euler", 12, 11), ("sd3", "flow-match", 256, 128),

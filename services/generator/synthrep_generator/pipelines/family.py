@@ -54,6 +54,12 @@ class Family(ABC):
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
 
+    @property
+    def step_px(self) -> int:
+        """What the side of an image must be a multiple of: a patch of latents."""
+        patch: int = self.denoiser.config.get("patch_size") or 1
+        return int(self.pipeline.vae_scale_factor * patch)
+
     @abstractmethod
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
         """Embeddings of the texts, in order."""

@@ -47,6 +47,11 @@ class Flux(Family):
         has_guidance = self.denoiser.config.guidance_embeds
         return _FLUX_TOKENS if has_guidance else _FLUX_DISTILLED_TOKENS
 
+    @property
+    def step_px(self) -> int:
+        """See Family; the pipeline makes the patches, so that the network's are of one."""
+        return int(2 * self.pipeline.vae_scale_factor)
+
     def encode(self, texts: Sequence[Text]) -> list[Embeddings]:
         """See Family."""
         embeddings, pooled, _ = self.pipeline.encode_prompt(

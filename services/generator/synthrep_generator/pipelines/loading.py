@@ -154,9 +154,9 @@ def _check_defaults(family: Family, model: ModelConfig) -> None:
     if reason := family.refusal(defaults):
         raise ModelConfigError(f"{model.path}: {reason}")
     check_options(model.scheduler, model.scheduler_options)
-    step = family.pipeline.vae_scale_factor
-    if model.generate_px % step:
-        raise ModelConfigError(f"generate_px must be a multiple of {step}; is {model.generate_px}")
+    step, side_px = family.step_px, model.generate_px
+    if side_px % step:
+        raise ModelConfigError(f"generate_px must be a multiple of {step}; is {side_px}")
 
 
 def _tune(family: Family, model: ModelConfig) -> None:
