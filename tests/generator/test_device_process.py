@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from synthrep_generator.device_process import (
 )
 from synthrep_generator.pipe import Channel, Finished, Message, Ready
 from synthrep_generator.settings import ModelConfig
-from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Recipe
+from tests.generator.counting import CountingFakeSynthesizer
 
 
 class AcceleratorError(RuntimeError):
@@ -115,13 +115,6 @@ def test_judges_are_loaded_before_a_run_is_ready(
 def test_what_is_compiled_for_a_full_pass_is_compiled_before_the_first_one(
     compiles: bool, sizes: list[int]
 ) -> None:
-    passes: list[int] = []
-
-    class Counting(FakeSynthesizer):
-        def generate(self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Any) -> list[Any]:
-            passes.append(len(tasks))
-            return super().generate(tasks, recipe, on_step)
-
-    model = ModelConfig(path=Path("absent"), compile=compiles)
-    warm_up(Counting(store_px=8, batch_images=8), model)
-    assert passes == sizes
+    synthesizer = CountingFakeSynthesizer(store_px=8, batch_images=8)
+    warm_up(synthesizer, ModelConfig(path=Path("absent"), compile=compiles))
+    assert synthesizer.passes == sizes

@@ -21,9 +21,9 @@ from synthrep_generator.errors import ModelConfigError, UnknownModelError
 from synthrep_generator.jobs import Bench, generate_shard, make_request
 from synthrep_generator.regeneration import compare, encode_as_stored, remake
 from synthrep_generator.settings import GeneratorSettings
-from synthrep_generator.synthesis import FakeSynthesizer, ImageTask, Recipe
 from synthrep_shared.errors import StorageError
 from synthrep_shared.samples import SampleMetadata
+from tests.generator.counting import CountingFakeSynthesizer
 
 PROMPTS = [
     "a brown frog, brown background", "a grey truck", "a white horse on a green field",
@@ -100,21 +100,14 @@ def test_an_image_made_again_alone_is_within_two_of_255(
 def test_a_pass_holds_as_many_images_as_were_recorded_or_are_wanted(
     samples: list[Sample], settings: GeneratorSettings
 ) -> None:
-    passes: list[int] = []
-
-    class Counting(FakeSynthesizer):
-        def generate(self, tasks: Sequence[ImageTask], recipe: Recipe, on_step: Any) -> list[Any]:
-            passes.append(len(tasks))
-            return super().generate(tasks, recipe, on_step)
-
     with pytest.MonkeyPatch.context() as patch:
-        made = Counting(store_px=32)
+        made = CountingFakeSynthesizer(store_px=32)
         made.revision = samples[0][0].model_revision
         patch.setattr("synthrep_generator.regeneration.make_synthesizer", lambda *_: made)
         remake(samples[0][0], settings)
         remake(samples[11][0], settings)
         remake(samples[0][0], settings, batch_images=3)
-    assert passes == [8, 4, 3]
+    assert made.passes == [8, 4, 3]
 
 
 def test_another_seed_or_caption_is_another_image(
